@@ -1,0 +1,4 @@
+//! Deciding when a terminating pod may be stopped.
+
+pub mod policy;
+pub mod report;

@@ -1,0 +1,123 @@
+//! The report of a drain: what a user is told, and what every view is made of.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use super::policy::Until;
+use crate::{
+    flow::{FlowCounts, FlowState},
+    hold::wire::ReleaseReason,
+    ids::PodUid,
+};
+
+/// Which pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodName {
+    /// `metadata.uid`.
+    pub uid: PodUid,
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+}
+
+/// Where a drain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Waiting until no new inbound flow has arrived for `quiet`.
+    Settle,
+    /// Waiting until no flow holds any more.
+    Drain,
+    /// Over.
+    Released,
+}
+
+/// One change of the drain's picture, with the flows that held at that moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Milliseconds since the drain began.
+    pub at_ms: u64,
+    /// The phase from then on.
+    pub phase: Phase,
+    /// The flows that held, by state.
+    pub flows: FlowCounts,
+}
+
+/// A flow that was still open when the hold was released.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutFlow {
+    /// The peer.
+    pub remote: SocketAddr,
+    /// The pod's end.
+    pub local: SocketAddr,
+    /// What it was doing.
+    pub state: FlowState,
+    /// Milliseconds since it was opened, where known.
+    pub age_ms: Option<u64>,
+    /// Bytes from the peer.
+    pub bytes_in: u64,
+    /// Bytes to the peer.
+    pub bytes_out: u64,
+}
+
+/// A peer that opened flows after the drain had begun: it, or the balancer before it, has not heard yet
+/// that the pod is going.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatePeer {
+    /// Its address.
+    pub address: IpAddr,
+    /// How many flows it opened.
+    pub flows: u32,
+}
+
+/// A drain, under way or over. All times count from its beginning.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The pod.
+    pub pod: PodName,
+    /// When it began (RFC 3339, UTC).
+    pub started_at: String,
+    /// Where it is.
+    pub phase: Phase,
+    /// Why it ended; absent while it is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<ReleaseReason>,
+    /// More about the reason, for people: what can't be tracked and why, …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// What it waits for.
+    pub until: Until,
+    /// How long it has been held, in milliseconds.
+    pub held_ms: u64,
+    /// The latest moment of release, in milliseconds.
+    pub deadline_ms: u64,
+    /// Calls and requests that wait for it now.
+    pub holds: u32,
+    /// Flows that held at the beginning. Absent as long as nobody could look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flows_at_start: Option<FlowCounts>,
+    /// Flows that hold, at the last look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flows_now: Option<FlowCounts>,
+    /// The picture at the beginning and at each change, oldest first; at most 256.
+    pub changes: Vec<Change>,
+    /// Flows that arrived while it was under way.
+    pub arrived: u32,
+    /// Flows that ended by themselves.
+    pub ended: u32,
+    /// Flows that were still open at the release, and so are cut by the stop that follows; the first 256.
+    pub cut: Vec<CutFlow>,
+    /// How many were.
+    pub cut_total: u32,
+    /// Peers that still connected, busiest first; at most 64.
+    pub late_peers: Vec<LatePeer>,
+    /// From the kernel's stamp on the last close to the release, in microseconds, where a close was what
+    /// ended the drain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release_lag_us: Option<u64>,
+    /// What was wrong with the pod's annotations.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,110 @@
+//! One socket as the kernel described it at one moment.
+
+use std::{net::SocketAddr, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    clock::BootTime,
+    ids::{CgroupId, SocketCookie},
+};
+
+/// Who opened the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    /// Passive open: accepted (or about to be) by the pod.
+    Inbound,
+    /// Active open: dialled by the pod.
+    Outbound,
+}
+
+/// TCP states by the kernel's numbers (`include/net/tcp_states.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "RFC 9293's names")]
+pub enum TcpState {
+    Established = 1,
+    SynSent = 2,
+    SynRecv = 3,
+    FinWait1 = 4,
+    FinWait2 = 5,
+    TimeWait = 6,
+    Close = 7,
+    CloseWait = 8,
+    LastAck = 9,
+    Listen = 10,
+    Closing = 11,
+    /// A request socket: the handshake is not done.
+    NewSynRecv = 12,
+}
+
+impl TryFrom<u8> for TcpState {
+    type Error = u8;
+
+    /// Gives the number back if the kernel has a state that this list does not.
+    fn try_from(n: u8) -> Result<Self, u8> {
+        Ok(match n {
+            1 => Self::Established,
+            2 => Self::SynSent,
+            3 => Self::SynRecv,
+            4 => Self::FinWait1,
+            5 => Self::FinWait2,
+            6 => Self::TimeWait,
+            7 => Self::Close,
+            8 => Self::CloseWait,
+            9 => Self::LastAck,
+            10 => Self::Listen,
+            11 => Self::Closing,
+            12 => Self::NewSynRecv,
+            n => return Err(n),
+        })
+    }
+}
+
+/// What the BPF programs remember of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Who opened it.
+    pub direction: Direction,
+    /// When the handshake was seen, or when the agent found the socket at its start (`seeded`).
+    pub opened_at: BootTime,
+    /// The socket is older than the agent: `opened_at` is a lower bound of its age and `direction` an
+    /// inference from the listeners of that moment.
+    pub seeded: bool,
+}
+
+/// One TCP socket, from one sock_diag reply.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// The kernel's identity of the socket.
+    pub cookie: SocketCookie,
+    /// The pod's end. IPv4-mapped IPv6 addresses are given as IPv4.
+    pub local: SocketAddr,
+    /// The other end, likewise.
+    pub remote: SocketAddr,
+    /// TCP state.
+    pub state: TcpState,
+    /// Bytes received that the application has not read (`idiag_rqueue`). For a listener: connections
+    /// waiting to be accepted.
+    pub unread: u32,
+    /// Bytes written that the peer has not acknowledged, sent or not (`idiag_wqueue`). For a listener:
+    /// the longest accept queue.
+    pub unacked: u32,
+    /// The application holds a descriptor of it: its inode is not 0.
+    pub has_inode: bool,
+    /// Payload bytes received (`tcpi_bytes_received`; a FIN adds 1).
+    pub bytes_received: u64,
+    /// Payload bytes acknowledged by the peer (`tcpi_bytes_acked`).
+    pub bytes_acked: u64,
+    /// Time since data was last sent (`tcpi_last_data_sent`, at jiffy resolution).
+    pub since_sent: Duration,
+    /// Time since data was last received (`tcpi_last_data_recv`).
+    pub since_received: Duration,
+    /// Time since an acknowledgement last arrived (`tcpi_last_ack_recv`).
+    pub since_ack: Duration,
+    /// The cgroup whose process made the socket, where the kernel tells (5.9 and later).
+    pub cgroup: Option<CgroupId>,
+    /// The BPF record, if the programs have one for it.
+    pub record: Option<Record>,
+}

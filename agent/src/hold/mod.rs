@@ -1,0 +1,2 @@
+//! Holding calls and requests.
+pub mod wire;

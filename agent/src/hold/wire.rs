@@ -1,0 +1,107 @@
+//! What a holder says to the agent over its unix socket, and what it hears.
+//!
+//! `POST /v1/holds` with a [`HoldRequest`] is answered at once with status 200 and a body of JSON lines,
+//! each a [`HoldMessage`]: `holding` (at most once), then `release` or `pass`, then the end. The request
+//! lives as long as its connection: closing it gives the hold up. A holder that hears nothing within its
+//! own patience, or anything it does not understand, goes on as if there were no agent.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ContainerId, PodUid, SandboxId};
+
+/// The path of the hold request on the agent's unix socket.
+pub const HOLDS_PATH: &str = "/v1/holds";
+
+/// What is being held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "kebab-case")]
+pub enum HeldCall {
+    /// CRI StopContainer.
+    StopContainer {
+        /// The container to be stopped.
+        container: ContainerId,
+        /// The timeout of the call, in milliseconds: what is left of the grace period.
+        timeout_ms: u64,
+    },
+    /// CRI StopPodSandbox.
+    StopPodSandbox {
+        /// The sandbox to be stopped.
+        sandbox: SandboxId,
+    },
+}
+
+/// A request to hold a call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldRequest {
+    /// The call.
+    #[serde(flatten)]
+    pub call: HeldCall,
+    /// How long the caller itself waits for its answer (`grpc-timeout`), in milliseconds, if it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caller_patience_ms: Option<u64>,
+}
+
+/// Why a hold ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReleaseReason {
+    /// The pod has drained, by its policy's `until`.
+    Drained,
+    /// The deadline passed first.
+    Deadline,
+    /// Somebody said so (`ebb release`).
+    Manual,
+    /// The pod is not known to be terminating.
+    NotTerminating,
+    /// The pod's flows can't be seen, or could not any more; the settle time was kept.
+    Untracked,
+    /// The agent stopped.
+    Shutdown,
+}
+
+impl ReleaseReason {
+    /// The reason as in the CLI, in JSON and in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Drained => "drained",
+            Self::Deadline => "deadline",
+            Self::Manual => "manual",
+            Self::NotTerminating => "not-terminating",
+            Self::Untracked => "untracked",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+impl std::fmt::Display for ReleaseReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What the agent answers, one JSON object a line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum HoldMessage {
+    /// The call is held.
+    Holding {
+        /// The pod whose drain it waits for.
+        pod: PodUid,
+        /// The latest moment of release, in milliseconds from now. The holder goes on by itself then.
+        deadline_ms: u64,
+        /// What must be left of the timeout for the application's own shutdown, in milliseconds.
+        reserve_ms: u64,
+    },
+    /// Go on.
+    Release {
+        /// Why.
+        reason: ReleaseReason,
+        /// For how long it was held, in milliseconds.
+        held_ms: u64,
+    },
+    /// Go on: this call is not to be held at all.
+    Pass {
+        /// Why, for the log: `not-terminating`, `drain-off`, `unknown-container`, …
+        why: String,
+    },
+}

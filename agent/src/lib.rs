@@ -1,0 +1,9 @@
+//! ebb lets Kubernetes pods end without cutting anybody off. See ARCHITECTURE.md for the rooms.
+
+pub mod clock;
+pub mod drain;
+pub mod flow;
+pub mod hold;
+pub mod ids;
+pub mod kernel;
+pub mod pods;

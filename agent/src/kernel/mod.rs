@@ -1,6 +1,23 @@
-//! The kernel's side of ebb: the only module with unsafe code.
+//! The kernel's side of ebb: loading the BPF programs, asking for sockets, entering namespaces.
+//!
+//! [`Tracker`] is the door. Edges are for speed, a look is for truth: what the programs count and report is
+//! fast and may be behind by a moment, what [`Tracker::look`] returns comes from the kernel's own tables.
+
+mod bytes;
+mod error;
+mod events;
+mod netns;
+mod offsets;
+mod poll;
+mod programs;
+mod sock_diag;
+mod tracker;
 
 use std::net::SocketAddr;
+
+pub use error::KernelError;
+pub use netns::Netns;
+pub use tracker::{Options, Tracker, WorkloadCount};
 
 use crate::{
     clock::BootTime,

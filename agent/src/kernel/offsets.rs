@@ -1,0 +1,126 @@
+//! Where the running kernel keeps the fields that the BPF programs read, from its BTF.
+
+use std::path::Path;
+
+use btf_rs::{Backend, Btf, BtfType as _, Type};
+use ebb_common::Offsets;
+
+use super::KernelError;
+
+/// The running kernel's type information.
+pub(super) const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Resolves all offsets.
+///
+/// # Errors
+///
+/// [`KernelError::NoBtf`] if `path` can't be read, [`KernelError::NoField`] for the first field that this
+/// kernel does not have where it is looked for. There is no fallback: a wrong offset would be a wrong count.
+pub(super) fn resolve(path: &Path) -> Result<Offsets, KernelError> {
+    let btf = Btf::from_file_with_backend(path, Backend::Mmap).map_err(|e| KernelError::NoBtf {
+        path: path.to_owned(),
+        why: e.to_string(),
+    })?;
+    let field = |structure: &'static str, name: &'static str| {
+        offset_of(&btf, structure, name).ok_or_else(|| KernelError::NoField {
+            structure,
+            field: name,
+            release: release(),
+        })
+    };
+    let possible_net = field("sock_common", "skc_net")? + field("possible_net_t", "net")?;
+    Ok(Offsets {
+        sock_protocol: field("sock", "sk_protocol")?,
+        sock_cgrp_data: field("sock", "sk_cgrp_data")?,
+        sock_cgroup_data_cgroup: cgroup_pointer(&btf)?,
+        cgroup_kn: field("cgroup", "kn")?,
+        kernfs_node_id: field("kernfs_node", "id")?,
+        sock_common_net: possible_net,
+        net_ns_inum: field("net", "ns")? + field("ns_common", "inum")?,
+        sock_common_family: field("sock_common", "skc_family")?,
+        sock_common_state: field("sock_common", "skc_state")?,
+        sock_common_num: field("sock_common", "skc_num")?,
+        sock_common_dport: field("sock_common", "skc_dport")?,
+        sock_common_daddr: field("sock_common", "skc_daddr")?,
+        sock_common_rcv_saddr: field("sock_common", "skc_rcv_saddr")?,
+        sock_common_v6_daddr: field("sock_common", "skc_v6_daddr")?,
+        sock_common_v6_rcv_saddr: field("sock_common", "skc_v6_rcv_saddr")?,
+        inet_sock_sport: field("inet_sock", "inet_sport")?,
+    })
+}
+
+/// `sock_cgroup_data.cgroup`, or the start of the structure where it is still the tagged union of 5.14 and
+/// before (include/linux/cgroup-defs.h), whose word holds the same pointer.
+fn cgroup_pointer(btf: &Btf) -> Result<u32, KernelError> {
+    offset_of(btf, "sock_cgroup_data", "cgroup")
+        .or_else(|| offset_of(btf, "sock_cgroup_data", "val"))
+        .ok_or_else(|| KernelError::NoField {
+            structure: "sock_cgroup_data",
+            field: "cgroup",
+            release: release(),
+        })
+}
+
+pub(super) fn release() -> String {
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// Offset in bytes of a field in the structure (or typedef of one) called `structure`, also where it sits in
+/// anonymous structures and unions.
+fn offset_of(btf: &Btf, structure: &str, field: &str) -> Option<u32> {
+    btf.resolve_types_by_name(structure)
+        .ok()?
+        .iter()
+        .find_map(|t| member_offset(btf, t, field))
+}
+
+fn member_offset(btf: &Btf, of: &Type, field: &str) -> Option<u32> {
+    let members = match of {
+        Type::Struct(s) | Type::Union(s) => &s.members,
+        Type::Typedef(t) => return member_offset(btf, &btf.resolve_chained_type(t).ok()?, field),
+        _ => return None,
+    };
+    members.iter().find_map(|m| {
+        let here = m.bit_offset() / 8;
+        if btf.resolve_name(m).is_ok_and(|name| name == field) {
+            // A bit field has no byte offset that a program could read.
+            return (m.bitfield_size().unwrap_or(0) == 0).then_some(here);
+        }
+        let anonymous = m.get_name_offset() == Some(0);
+        let inner = anonymous.then(|| btf.resolve_chained_type(m).ok())??;
+        member_offset(btf, &inner, field).map(|o| here + o)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_kernel_has_every_field_and_none_at_the_same_place_as_another() {
+        let o = resolve(Path::new(VMLINUX_BTF)).unwrap();
+        // Facts that hold for every kernel since 3.x: addresses first, daddr before rcv_saddr.
+        assert_eq!(o.sock_common_daddr, 0);
+        assert_eq!(o.sock_common_rcv_saddr, 4);
+        assert!(o.sock_common_num > o.sock_common_dport);
+        assert!(o.sock_cgrp_data > o.sock_protocol || o.sock_cgrp_data > 100);
+        assert_ne!(o.sock_common_v6_daddr, o.sock_common_v6_rcv_saddr);
+        assert_ne!(o.net_ns_inum, 0);
+    }
+
+    #[test]
+    fn a_file_that_is_not_btf_is_refused_by_name() {
+        let e = resolve(Path::new("/proc/version")).unwrap_err();
+        assert!(e.to_string().contains("/proc/version"), "{e}");
+    }
+
+    #[test]
+    fn a_missing_field_is_none() {
+        let btf = Btf::from_file(VMLINUX_BTF).unwrap();
+        assert_eq!(offset_of(&btf, "sock", "sk_no_such_field"), None);
+        assert_eq!(offset_of(&btf, "no_such_struct", "x"), None);
+    }
+}

@@ -1,0 +1,268 @@
+//! The door to the kernel: look at a pod's sockets, watch a pod, find a connection.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    os::fd::AsFd as _,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use ebb_common::{LOSSES, WorkloadKey};
+use tokio::sync::mpsc;
+
+use super::{
+    KernelError, KernelEvent, Look, Netns,
+    events, programs::Programs, sock_diag::SockDiag,
+};
+use crate::{
+    clock::BootTime,
+    flow::Sample,
+    ids::{CgroupId, NetnsInode},
+    pods::Scope,
+};
+
+/// As many events as may wait for the drains before the ring buffer itself has to hold them.
+const EVENT_QUEUE: usize = 1024;
+
+/// How to start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Forward what the BPF programs log.
+    pub bpf_log: bool,
+}
+
+/// Counters of one workload, as the BPF programs keep them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkloadCount {
+    /// The cgroup whose process made the sockets.
+    pub cgroup: CgroupId,
+    /// Their network namespace.
+    pub netns: NetnsInode,
+    /// Inbound flows now.
+    pub inbound: i64,
+    /// Outbound flows now.
+    pub outbound: i64,
+    /// Inbound flows since the start.
+    pub inbound_total: u64,
+}
+
+/// The running BPF programs and the questions they and the kernel answer. Cheap to clone; the programs are
+/// detached when the last clone is dropped.
+#[derive(Clone)]
+pub struct Tracker {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    programs: Mutex<Programs>,
+    /// Watched namespaces are kept open, so that looking works when the process they were found by is gone.
+    watched: Mutex<HashMap<NetnsInode, Netns>>,
+    host: Netns,
+}
+
+impl Tracker {
+    /// Loads, attaches and seeds. Events of watched workloads arrive at the receiver.
+    ///
+    /// # Errors
+    ///
+    /// See [`KernelError`]; nothing stays attached then.
+    pub fn start(options: Options) -> Result<(Self, mpsc::Receiver<KernelEvent>), KernelError> {
+        // The agent itself runs on the host network: its node port has to be there.
+        let host = Netns::of_process(std::process::id()).map_err(|source| KernelError::Io {
+            what: "opening the agent's own network namespace".into(),
+            source,
+        })?;
+        let mut programs = Programs::start(host.inode(), options.bpf_log)?;
+        let (to, from) = mpsc::channel(EVENT_QUEUE);
+        if let Some(ring) = programs.events.take() {
+            let lost = Arc::clone(&programs.lost);
+            tokio::spawn(async move {
+                if let Err(e) = events::forward(ring, lost, to.clone()).await {
+                    tracing::error!("reading kernel events: {e}; drains go by looks alone");
+                    // A closed channel would say the same, but this one is heard at once.
+                    let _ = to.send(KernelEvent::Lost).await;
+                }
+            });
+        }
+        let inner = Inner {
+            programs: Mutex::new(programs),
+            watched: Mutex::default(),
+            host,
+        };
+        Ok((
+            Self {
+                inner: Arc::new(inner),
+            },
+            from,
+        ))
+    }
+
+    /// The host's network namespace.
+    pub fn host_netns(&self) -> NetnsInode {
+        self.inner.host.inode()
+    }
+
+    /// All TCP sockets of a pod, from the kernel's tables. Walks the table of the whole node, off the async
+    /// threads.
+    ///
+    /// # Errors
+    ///
+    /// The pod can't be tracked, its namespace is gone, or the kernel does not answer.
+    pub async fn look(&self, scope: &Scope) -> io::Result<Look> {
+        let scope = scope.clone();
+        self.blocking(move |inner| inner.look(&scope)).await
+    }
+
+    /// The connection between `local` and `remote` in the scope's namespace, if it exists.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tracker::look`].
+    pub async fn find(
+        &self,
+        scope: &Scope,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> io::Result<Option<Sample>> {
+        let scope = scope.clone();
+        self.blocking(move |inner| inner.ask(&scope, |diag, _| diag.find(local, remote)))
+            .await
+    }
+
+    /// Has the events of a scope reported from now on.
+    ///
+    /// # Errors
+    ///
+    /// The pod can't be tracked, its namespace is gone, or too many are watched already.
+    pub fn watch(&self, scope: &Scope) -> io::Result<()> {
+        if let Scope::Netns { inode, pid } = scope {
+            let netns = open(*inode, *pid)?;
+            lock(&self.inner.watched).insert(*inode, netns);
+        }
+        let mut programs = lock(&self.inner.programs);
+        for key in watch_keys(scope)? {
+            programs
+                .watched
+                .insert(key, 1, 0)
+                .map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// Ends what [`Tracker::watch`] began. Harmless if it had not.
+    pub fn unwatch(&self, scope: &Scope) {
+        if let Scope::Netns { inode, .. } = scope {
+            lock(&self.inner.watched).remove(inode);
+        }
+        let mut programs = lock(&self.inner.programs);
+        for key in watch_keys(scope).unwrap_or_default() {
+            let _ = programs.watched.remove(&key);
+        }
+    }
+
+    /// The counters of all workloads.
+    pub fn counts(&self) -> Vec<WorkloadCount> {
+        lock(&self.inner.programs)
+            .workloads
+            .iter()
+            .filter_map(Result::ok)
+            .map(|(key, w)| WorkloadCount {
+                cgroup: CgroupId(key.cgroup),
+                netns: NetnsInode(key.netns),
+                inbound: w.inbound,
+                outbound: w.outbound,
+                inbound_total: w.inbound_total,
+            })
+            .collect()
+    }
+
+    /// Losses since the start, by `ebb_common::LOST_…`.
+    ///
+    /// # Errors
+    ///
+    /// The map can't be read.
+    pub fn losses(&self) -> Result<[u64; LOSSES], KernelError> {
+        lock(&self.inner.programs).losses()
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&Inner) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let inner = Arc::clone(&self.inner);
+        tokio::task::spawn_blocking(move || f(&inner))
+            .await
+            .unwrap_or_else(|e| Err(io::Error::other(e)))
+    }
+}
+
+impl Inner {
+    fn look(&self, scope: &Scope) -> io::Result<Look> {
+        let storage = lock(&self.programs).flows.try_clone()?;
+        self.ask(scope, |diag, cgroups| {
+            let taken_at = BootTime::now();
+            let mut samples = diag.dump(Some(storage.as_fd()))?;
+            if let Some(cgroups) = cgroups {
+                samples.retain(|s| s.cgroup.is_some_and(|c| cgroups.contains(&c)));
+            }
+            Ok(Look { taken_at, samples })
+        })
+    }
+
+    /// Asks in the namespace of `scope`; a host-network pod's sockets are those of its cgroups.
+    fn ask<T>(
+        &self,
+        scope: &Scope,
+        f: impl FnOnce(SockDiag, Option<&[CgroupId]>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match scope {
+            Scope::Netns { inode, pid } => {
+                let diag = match lock(&self.watched).get(inode) {
+                    Some(netns) => netns.run(SockDiag::open)?,
+                    None => open(*inode, *pid)?.run(SockDiag::open)?,
+                };
+                f(diag, None)
+            }
+            Scope::HostNetwork(cgroups) => f(self.host.run(SockDiag::open)?, Some(cgroups)),
+            Scope::Untracked(why) => Err(io::Error::other(why.clone())),
+        }
+    }
+}
+
+/// Opens the namespace of `pid` and makes sure that it is the one that was meant: pids are reused.
+fn open(inode: NetnsInode, pid: u32) -> io::Result<Netns> {
+    let netns = Netns::of_process(pid)?;
+    if netns.inode() == inode {
+        Ok(netns)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("process {pid} is no longer in network namespace {}", inode.0),
+        ))
+    }
+}
+
+fn watch_keys(scope: &Scope) -> io::Result<Vec<WorkloadKey>> {
+    match scope {
+        Scope::Netns { inode, .. } => Ok(vec![WorkloadKey {
+            cgroup: 0,
+            netns: inode.0,
+            zero: 0,
+        }]),
+        Scope::HostNetwork(cgroups) => Ok(cgroups
+            .iter()
+            .map(|c| WorkloadKey {
+                cgroup: c.0,
+                netns: 0,
+                zero: 0,
+            })
+            .collect()),
+        Scope::Untracked(why) => Err(io::Error::other(why.clone())),
+    }
+}
+
+/// The maps hold no invariant that a panic could break half-way.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,90 @@
+//! Sockets that are older than the agent (`iter/tcp`), through the same accounting as new ones.
+//!
+//! The tracker is attached before this runs. The kernel holds the lock of each socket while it shows it
+//! here, so a socket gets its record either from a state change or from here, and is counted once.
+//!
+//! Nothing in an old socket says who opened it. The iterator shows listeners first: a flow on the port of
+//! a listener of its namespace is inbound, any other on a port of the ephemeral range outbound. A flow on
+//! another port has lost its listener and is taken for inbound: not knowing must not cut anybody off.
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, generated::bpf_skc_to_tcp_sock};
+use ebb_common::{
+    FlowRecord, ListenKey, ROLE_INBOUND, ROLE_OUTBOUND, is_flow,
+    tcp_state::LISTEN,
+};
+
+use crate::{
+    account,
+    maps::{EPHEMERAL_PORTS, LISTENERS},
+    sock::Sock,
+};
+
+/// The context of an `iter/tcp` program (`struct bpf_iter__tcp` in net/ipv4/tcp_ipv4.c).
+#[repr(C)]
+struct IterTcp {
+    meta: *const c_void,
+    sk_common: *const c_void,
+    uid: u32,
+}
+
+/// Returns 0: show the next one.
+///
+/// # Safety
+///
+/// For the kernel to call.
+#[unsafe(link_section = "iter/tcp")]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn seed(ctx: *const IterTcp) -> i32 {
+    // SAFETY: the kernel passes a valid context.
+    let sk_common = unsafe { (*ctx).sk_common };
+    if !sk_common.is_null() {
+        visit(sk_common);
+    }
+    0
+}
+
+#[inline(always)]
+fn visit(sk_common: *const c_void) -> Option<()> {
+    // SAFETY: the helper takes any socket and returns null for one that is no full TCP socket: request and
+    // TIME_WAIT sockets.
+    let sk: *const c_void = unsafe { bpf_skc_to_tcp_sock(sk_common.cast_mut()) }.cast();
+    if sk.is_null() {
+        return None;
+    }
+    let sock = Sock(sk);
+    let state = sock.state()?;
+    let port = sock.num()?;
+    let key = sock.workload()?;
+    let listen = ListenKey {
+        netns: key.netns,
+        port: u32::from(port),
+    };
+    if state == LISTEN {
+        return LISTENERS.insert(listen, 1, 0).ok();
+    }
+    if account::record(sk).is_some() {
+        return None;
+    }
+    let ephemeral = EPHEMERAL_PORTS.load();
+    let inbound = LISTENERS.get_ptr(listen).is_some()
+        || port < ephemeral.first
+        || port > ephemeral.last;
+    let role = if inbound { ROLE_INBOUND } else { ROLE_OUTBOUND };
+    if !is_flow(role, state) {
+        return None;
+    }
+    // SAFETY: no arguments, no preconditions.
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let first = FlowRecord {
+        key,
+        opened_at: now,
+        role,
+        counted: 0,
+        seeded: 1,
+        zero: [0; 5],
+    };
+    account::moved_to(account::create(sk, first)?, state, now);
+    Some(())
+}

@@ -1,0 +1,143 @@
+//! At each TCP state change (`tp_btf/inet_sock_set_state`), before the kernel stores the new state.
+//!
+//! Only connections get here: request sockets (SYN received, handshake not done) and TIME_WAIT sockets
+//! change no state by this way, and entering TIME_WAIT shows as CLOSE.
+
+use core::ffi::{c_int, c_void};
+
+use aya_ebpf::{
+    helpers::{bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
+    macros::btf_tracepoint,
+    programs::BtfTracePointContext,
+};
+use aya_log_ebpf::debug;
+use ebb_common::{
+    FlowEvent, FlowRecord, LOST_EVENT, ROLE_INBOUND, ROLE_NONE, ROLE_OUTBOUND, WorkloadKey,
+    tcp_state::{CLOSE, LISTEN, SYN_RECV, SYN_SENT},
+};
+
+use crate::{
+    account,
+    maps::{EVENTS, HOST_NETNS, WATCHED},
+    sock::Sock,
+};
+
+const IPPROTO_TCP: u16 = 6;
+const AF_INET: u16 = 2;
+
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn track(ctx: BtfTracePointContext) -> i32 {
+    let sk: *const c_void = ctx.arg(0);
+    let from: c_int = ctx.arg(1);
+    let to: c_int = ctx.arg(2);
+    // The kernel's states fit in a byte (`enum` in include/net/tcp_states.h).
+    state_change(&ctx, sk, from as u8, to as u8);
+    0
+}
+
+#[inline(always)]
+fn state_change(ctx: &BtfTracePointContext, sk: *const c_void, from: u8, to: u8) {
+    let now = now();
+    let record = match account::record(sk) {
+        Some(record) => {
+            if to == SYN_SENT {
+                // A socket that was closed and dials again: AF_UNSPEC, or a listener that was shut down.
+                record.role = ROLE_OUTBOUND;
+                record.seeded = 0;
+            }
+            record
+        }
+        None => {
+            let role = match (from, to) {
+                (LISTEN, SYN_RECV) => ROLE_INBOUND,
+                (_, SYN_SENT) => ROLE_OUTBOUND,
+                _ => return,
+            };
+            let sock = Sock(sk);
+            // The tracepoint also serves SCTP, DCCP and the outer sockets of MPTCP.
+            if sock.protocol() != Some(IPPROTO_TCP) {
+                return;
+            }
+            let Some(key) = sock.workload() else {
+                return;
+            };
+            let first = FlowRecord {
+                key,
+                opened_at: now,
+                role,
+                counted: 0,
+                seeded: 0,
+                zero: [0; 5],
+            };
+            let Some(record) = account::create(sk, first) else {
+                debug!(ctx, "no memory for socket storage");
+                return;
+            };
+            record
+        }
+    };
+    account::moved_to(record, to, now);
+    // A new child shares its listener's cookie and peer until its next change (before 6.15).
+    if record.role == ROLE_INBOUND && from != LISTEN && is_watched(&record.key) {
+        emit(ctx, sk, record.key, from, to, now);
+    }
+    if to == CLOSE {
+        record.role = ROLE_NONE;
+    }
+}
+
+#[inline(always)]
+fn is_watched(key: &WorkloadKey) -> bool {
+    let watch = if key.netns == HOST_NETNS.load() {
+        WorkloadKey { netns: 0, ..*key }
+    } else {
+        WorkloadKey { cgroup: 0, ..*key }
+    };
+    WATCHED.get_ptr(watch).is_some()
+}
+
+#[inline(always)]
+fn emit(ctx: &BtfTracePointContext, sk: *const c_void, key: WorkloadKey, from: u8, to: u8, at: u64) {
+    let Some(event) = event(sk, key, from, to, at) else {
+        return;
+    };
+    if EVENTS.output(&event, 0).is_err() {
+        account::lost(LOST_EVENT);
+        debug!(ctx, "ring buffer full");
+    }
+}
+
+#[inline(always)]
+fn event(sk: *const c_void, key: WorkloadKey, from: u8, to: u8, at: u64) -> Option<FlowEvent> {
+    let sock = Sock(sk);
+    let family = sock.family()?;
+    let (local_addr, remote_addr) = if family == AF_INET {
+        (widen(sock.local_v4()?), widen(sock.remote_v4()?))
+    } else {
+        (sock.local_v6()?, sock.remote_v6()?)
+    };
+    Some(FlowEvent {
+        at,
+        // SAFETY: `sk` is the tracepoint's own argument.
+        cookie: unsafe { bpf_get_socket_cookie(sk.cast_mut()) },
+        key,
+        local_addr,
+        remote_addr,
+        local_port: sock.local_port()?,
+        remote_port: sock.remote_port()?,
+        family,
+        from,
+        to,
+    })
+}
+
+#[inline(always)]
+fn widen([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+    [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: no arguments, no preconditions.
+    unsafe { bpf_ktime_get_boot_ns() }
+}

@@ -21,7 +21,9 @@ fn main() -> Result<()> {
         );
         #[allow(unsafe_code, reason = "aya-build takes this from the environment only")]
         // SAFETY: this program has one thread.
-        unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
+        unsafe {
+            std::env::set_var("RUSTC_BOOTSTRAP", "1")
+        };
         "ebb-bpf"
     };
     build_ebpf(

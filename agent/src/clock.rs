@@ -55,6 +55,9 @@ impl Add<Duration> for BootTime {
 
     /// Saturates at the end of the clock, some 584 years after boot.
     fn add(self, d: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)))
+        Self(
+            self.0
+                .saturating_add(u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 }

@@ -24,11 +24,7 @@ pub(crate) fn record<'a>(sk: *const c_void) -> Option<&'a mut FlowRecord> {
 /// Gives a socket a record. `None`, and counted as a loss, if the kernel has no memory for it.
 #[inline(always)]
 pub(crate) fn create<'a>(sk: *const c_void, mut first: FlowRecord) -> Option<&'a mut FlowRecord> {
-    let made = storage(
-        sk,
-        &raw mut first,
-        u64::from(BPF_SK_STORAGE_GET_F_CREATE),
-    );
+    let made = storage(sk, &raw mut first, u64::from(BPF_SK_STORAGE_GET_F_CREATE));
     if made.is_none() {
         lost(LOST_STORAGE);
     }

@@ -7,7 +7,10 @@
 #![cfg_attr(target_arch = "bpf", no_main)]
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
 #![cfg_attr(target_arch = "bpf", allow(internal_features))]
-#![allow(unsafe_code, reason = "BPF helpers and the names a loader looks for are unsafe by nature")]
+#![allow(
+    unsafe_code,
+    reason = "BPF helpers and the names a loader looks for are unsafe by nature"
+)]
 
 mod account;
 mod maps;

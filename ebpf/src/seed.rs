@@ -10,10 +10,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, generated::bpf_skc_to_tcp_sock};
-use ebb_common::{
-    FlowRecord, ListenKey, ROLE_INBOUND, ROLE_OUTBOUND, is_flow,
-    tcp_state::LISTEN,
-};
+use ebb_common::{FlowRecord, ListenKey, ROLE_INBOUND, ROLE_OUTBOUND, is_flow, tcp_state::LISTEN};
 
 use crate::{
     account,
@@ -68,9 +65,8 @@ fn visit(sk_common: *const c_void) -> Option<()> {
         return None;
     }
     let ephemeral = EPHEMERAL_PORTS.load();
-    let inbound = LISTENERS.get_ptr(listen).is_some()
-        || port < ephemeral.first
-        || port > ephemeral.last;
+    let inbound =
+        LISTENERS.get_ptr(listen).is_some() || port < ephemeral.first || port > ephemeral.last;
     let role = if inbound { ROLE_INBOUND } else { ROLE_OUTBOUND };
     if !is_flow(role, state) {
         return None;

@@ -97,7 +97,14 @@ fn is_watched(key: &WorkloadKey) -> bool {
 }
 
 #[inline(always)]
-fn emit(ctx: &BtfTracePointContext, sk: *const c_void, key: WorkloadKey, from: u8, to: u8, at: u64) {
+fn emit(
+    ctx: &BtfTracePointContext,
+    sk: *const c_void,
+    key: WorkloadKey,
+    from: u8,
+    to: u8,
+    at: u64,
+) {
     let Some(event) = event(sk, key, from, to, at) else {
         return;
     };

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// A capability is missing.
-    #[error("loading BPF programs is not permitted: run ebb as root, with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN")]
+    #[error(
+        "loading BPF programs is not permitted: run ebb as root, with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN"
+    )]
     NotPermitted,
     /// The kernel has no BTF, or it can't be read.
     #[error("{}: no kernel type information ({why}): ebb needs a kernel built with CONFIG_DEBUG_INFO_BTF=y", path.display())]
@@ -17,7 +19,9 @@ pub enum KernelError {
         why: String,
     },
     /// The kernel has not the field that the programs need.
-    #[error("kernel {release} has no field `{structure}.{field}` that ebb could read: this kernel is not supported; please report its version")]
+    #[error(
+        "kernel {release} has no field `{structure}.{field}` that ebb could read: this kernel is not supported; please report its version"
+    )]
     NoField {
         /// Kernel structure.
         structure: &'static str,
@@ -27,7 +31,9 @@ pub enum KernelError {
         release: String,
     },
     /// The kernel refused a program or a map.
-    #[error("kernel {release} refuses {what}: ebb needs Linux 5.12 or later with BPF tracing programs")]
+    #[error(
+        "kernel {release} refuses {what}: ebb needs Linux 5.12 or later with BPF tracing programs"
+    )]
     Refused {
         /// The program or map.
         what: &'static str,

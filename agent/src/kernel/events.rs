@@ -4,10 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use aya::maps::{Array, MapData, RingBuf};
 use ebb_common::LOST_EVENT;
-use tokio::{
-    io::unix::AsyncFdReadyGuard,
-    sync::mpsc,
-};
+use tokio::{io::unix::AsyncFdReadyGuard, sync::mpsc};
 
 use super::{Edge, KernelEvent, bytes::Bytes, poll, sock_diag::ip};
 use crate::{

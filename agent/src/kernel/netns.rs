@@ -3,10 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::{
-        fd::AsFd as _,
-        unix::fs::MetadataExt as _,
-    },
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::PathBuf,
     thread,
 };
@@ -54,10 +51,7 @@ impl Netns {
             thread::Builder::new()
                 .name("ebb-netns".into())
                 .spawn_scoped(s, || {
-                    move_into_link_name_space(
-                        self.file.as_fd(),
-                        Some(LinkNameSpaceType::Network),
-                    )?;
+                    move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
                     f()
                 })?
                 .join()

@@ -14,9 +14,7 @@ use aya::{
 };
 use ebb_common::{EphemeralPorts, LOSSES, Workload, WorkloadKey};
 
-use super::{
-    KernelError, netns, offsets, poll,
-};
+use super::{KernelError, netns, offsets, poll};
 use crate::ids::NetnsInode;
 
 /// The compiled programs, built by build.rs.
@@ -88,7 +86,8 @@ impl Programs {
             workloads: hash(&mut ebpf, "WORKLOADS")?,
             watched: hash(&mut ebpf, "WATCHED")?,
             lost: Arc::new(
-                Array::try_from(take(&mut ebpf, "LOST")?).map_err(|e| refused("the map LOST", e))?,
+                Array::try_from(take(&mut ebpf, "LOST")?)
+                    .map_err(|e| refused("the map LOST", e))?,
             ),
             flows,
             events: Some(events),
@@ -121,7 +120,8 @@ impl Programs {
                 })?;
         }
         // Only seeding needs the listeners.
-        let mut listeners: HashMap<_, ebb_common::ListenKey, u8> = hash(&mut self.ebpf, "LISTENERS")?;
+        let mut listeners: HashMap<_, ebb_common::ListenKey, u8> =
+            hash(&mut self.ebpf, "LISTENERS")?;
         let keys: Vec<_> = listeners.keys().filter_map(Result::ok).collect();
         for key in keys {
             let _ = listeners.remove(&key);
@@ -150,7 +150,11 @@ fn walk(mut iterator: std::fs::File) -> io::Result<()> {
             Ok(0) => return Ok(()),
             Ok(_) => {}
             // The kernel pauses after a million sockets without output (bpf_seq_read).
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
             Err(e) => return Err(e),
         }
     }

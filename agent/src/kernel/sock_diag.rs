@@ -316,8 +316,14 @@ mod tests {
         server.read_exact(&mut [0; 5]).unwrap();
         let all = SockDiag::open().unwrap().dump(None).unwrap();
         let at = listener.local_addr().unwrap();
-        assert!(all.iter().any(|s| s.local == at && s.state == TcpState::Listen));
-        let conn = all.iter().find(|s| s.local == at && s.remote == peer).unwrap();
+        assert!(
+            all.iter()
+                .any(|s| s.local == at && s.state == TcpState::Listen)
+        );
+        let conn = all
+            .iter()
+            .find(|s| s.local == at && s.remote == peer)
+            .unwrap();
         assert_eq!(conn.bytes_received, 5);
         assert!(conn.has_inode);
     }

@@ -12,8 +12,7 @@ use ebb_common::{LOSSES, WorkloadKey};
 use tokio::sync::mpsc;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns,
-    events, programs::Programs, sock_diag::SockDiag,
+    KernelError, KernelEvent, Look, Netns, events, programs::Programs, sock_diag::SockDiag,
 };
 use crate::{
     clock::BootTime,
@@ -238,7 +237,10 @@ fn open(inode: NetnsInode, pid: u32) -> io::Result<Netns> {
     } else {
         Err(io::Error::new(
             io::ErrorKind::NotFound,
-            format!("process {pid} is no longer in network namespace {}", inode.0),
+            format!(
+                "process {pid} is no longer in network namespace {}",
+                inode.0
+            ),
         ))
     }
 }

@@ -22,6 +22,17 @@ pub enum Exempt {
     IgnoredPort,
 }
 
+impl Exempt {
+    /// The name, as in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::InPod => "in-pod",
+            Self::IgnoredPort => "ignored-port",
+        }
+    }
+}
+
 /// One flow of a pod, classified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {

@@ -1,0 +1,197 @@
+//! The agent's unix socket, for root: what the CLI shows, and the holds of the CRI proxy.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `GET /v1/pods` | [`PodList`] |
+//! | `GET /v1/flows?pod=NAME&all=true` | [`FlowList`] |
+//! | `GET /v1/drains` | [`DrainList`] |
+//! | `POST /v1/release` with [`ReleaseRequest`] | 204, or 404 |
+//! | `POST /v1/holds` | see [`crate::hold::wire`] |
+//!
+//! Errors are a [`Problem`].
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::{
+    Json, Router,
+    body::{Body, Bytes},
+    extract::{Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use serde::{Deserialize, Serialize};
+use tokio::{net::UnixListener, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    agent::Agent,
+    flow::Direction,
+    hold::{
+        holding,
+        wire::{HOLDS_PATH, HoldRequest},
+    },
+    pods::{Pod, table::PodTable},
+    report::view::{
+        DrainList, FlowList, FlowView, PodList, PodView, Problem, SCHEMA, UntrackedPod,
+    },
+};
+
+/// How many pods are looked at side by side: each look keeps a thread and the kernel's tables busy.
+const LOOKS_AT_ONCE: usize = 2;
+
+/// `POST /v1/release`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseRequest {
+    /// The pod: name, `namespace/name` or UID.
+    pub pod: String,
+}
+
+/// Serves until `stop`; requests under way are ended by the release of their holds.
+pub async fn serve(listener: UnixListener, agent: Arc<Agent>, stop: CancellationToken) {
+    let router = Router::new()
+        .route("/v1/pods", get(pods))
+        .route("/v1/flows", get(flows))
+        .route("/v1/drains", get(drains))
+        .route("/v1/release", post(release))
+        .route(HOLDS_PATH, post(holds))
+        .with_state(agent);
+    // axum serves until the listener fails, which a bound one does not, or the stop.
+    let _ = axum::serve(listener, router)
+        .with_graceful_shutdown(stop.cancelled_owned())
+        .await;
+}
+
+async fn pods(State(agent): State<Arc<Agent>>) -> Response {
+    let table = match fresh(&agent).await {
+        Ok(table) => table,
+        Err(problem) => return problem,
+    };
+    let mut pods: Vec<PodView> = stream::iter(table.iter())
+        .map(|pod| async {
+            let seen = agent.snapshot(pod).await;
+            let (_, warnings) = agent.policy_of(pod);
+            PodView::new(pod, seen.as_ref().map_err(Clone::clone), warnings)
+        })
+        .buffered(LOOKS_AT_ONCE)
+        .collect()
+        .await;
+    pods.sort_by(|a, b| (&a.pod.namespace, &a.pod.name).cmp(&(&b.pod.namespace, &b.pod.name)));
+    Json(PodList {
+        schema: SCHEMA.into(),
+        pods,
+    })
+    .into_response()
+}
+
+#[derive(Deserialize)]
+struct FlowQuery {
+    pod: Option<String>,
+    #[serde(default)]
+    all: bool,
+}
+
+async fn flows(State(agent): State<Arc<Agent>>, Query(query): Query<FlowQuery>) -> Response {
+    let table = match fresh(&agent).await {
+        Ok(table) => table,
+        Err(problem) => return problem,
+    };
+    let wanted: Vec<Arc<Pod>> = match &query.pod {
+        None => table.iter().cloned().collect(),
+        Some(name) => match table.find(name) {
+            Ok(pod) => vec![Arc::clone(pod)],
+            Err(e) => return problem(StatusCode::NOT_FOUND, e.to_string()),
+        },
+    };
+    let looked: Vec<_> = stream::iter(&wanted)
+        .map(|pod| async move { (pod, agent.snapshot(pod).await) })
+        .buffered(LOOKS_AT_ONCE)
+        .collect()
+        .await;
+    let mut list = FlowList {
+        schema: SCHEMA.into(),
+        flows: Vec::new(),
+        untracked: Vec::new(),
+    };
+    for (pod, seen) in looked {
+        match seen {
+            Ok(snapshot) => list.flows.extend(
+                snapshot
+                    .flows
+                    .iter()
+                    .filter(|f| query.all || f.direction == Direction::Inbound)
+                    .map(|f| FlowView::new(&pod.name, f)),
+            ),
+            Err(why) => list.untracked.push(UntrackedPod {
+                pod: pod.name.clone(),
+                why,
+            }),
+        }
+    }
+    list.flows
+        .sort_by(|a, b| (&a.pod, a.state, a.remote).cmp(&(&b.pod, b.state, b.remote)));
+    Json(list).into_response()
+}
+
+async fn drains(State(agent): State<Arc<Agent>>) -> Response {
+    let view = agent.drains.view().borrow().clone();
+    let finished = view.finished.iter().map(|r| r.as_ref().clone());
+    Json(DrainList {
+        schema: SCHEMA.into(),
+        version: view.version,
+        drains: view.active.iter().cloned().chain(finished).collect(),
+    })
+    .into_response()
+}
+
+async fn release(State(agent): State<Arc<Agent>>, Json(request): Json<ReleaseRequest>) -> Response {
+    let table = match fresh(&agent).await {
+        Ok(table) => table,
+        Err(problem) => return problem,
+    };
+    match table.find(&request.pod) {
+        Err(e) => problem(StatusCode::NOT_FOUND, e.to_string()),
+        Ok(pod) if agent.drains.release(&pod.name.uid).await => {
+            StatusCode::NO_CONTENT.into_response()
+        }
+        Ok(pod) => problem(
+            StatusCode::CONFLICT,
+            format!("{} is not draining; `ebb drains` shows who is", pod.name),
+        ),
+    }
+}
+
+async fn holds(State(agent): State<Arc<Agent>>, Json(request): Json<HoldRequest>) -> Response {
+    let (to, messages) = mpsc::channel(4);
+    tokio::spawn(holding::answer(agent, request, to));
+    let lines = ReceiverStream::new(messages)
+        .map(|message| serde_json::to_vec(&message))
+        .map_ok(|mut line| {
+            line.push(b'\n');
+            Bytes::from(line)
+        });
+    let lines = lines.take_while(|line| std::future::ready(line.is_ok()));
+    Body::from_stream(lines.map(|line| Ok::<_, Infallible>(line.unwrap_or_default()))).into_response()
+}
+
+/// The pods as the runtime has them now, or as they were last known if it does not answer.
+async fn fresh(agent: &Agent) -> Result<Arc<PodTable>, Response> {
+    match agent.pods.refresh().await {
+        Ok(table) => Ok(table),
+        Err(e) => {
+            let known = agent.pods.latest();
+            if known.is_empty() {
+                let e = crate::exit::one_line(&e.into());
+                return Err(problem(StatusCode::BAD_GATEWAY, e));
+            }
+            tracing::warn!("{}; showing the pods known before", crate::exit::one_line(&e.into()));
+            Ok(known)
+        }
+    }
+}
+
+fn problem(status: StatusCode, error: String) -> Response {
+    (status, Json(Problem { error })).into_response()
+}

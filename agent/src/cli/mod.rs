@@ -1,0 +1,112 @@
+//! The command line: one file per verb.
+
+mod agent;
+mod cri_proxy;
+mod drains;
+mod flows;
+mod pods;
+mod release;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::{api::client::AgentClient, exit};
+
+/// Lets Kubernetes pods end without cutting anybody off.
+#[derive(Parser)]
+#[command(name = "ebb", version, max_term_width = 100, after_help = exit::HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Track the connections of this node's pods and decide about holds.
+    Agent(agent::Flags),
+    /// Stand between the kubelet and the container runtime, and hold the stop of pods.
+    CriProxy(cri_proxy::Flags),
+    /// List this node's pods and how many connections each has.
+    Pods(ViewFlags),
+    /// List connections.
+    Flows(flows::Flags),
+    /// List drains, under way and over, with their reports.
+    Drains(ViewFlags),
+    /// Release a pod's holds now.
+    Release(release::Flags),
+}
+
+impl Cli {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    ///
+    /// Any; [`exit::code`] tells them apart.
+    pub async fn run(self) -> Result<()> {
+        match self.verb {
+            Verb::Agent(flags) => agent::run(flags).await,
+            Verb::CriProxy(flags) => cri_proxy::run(flags).await,
+            Verb::Pods(flags) => pods::run(&flags).await,
+            Verb::Flows(flags) => flows::run(&flags).await,
+            Verb::Drains(flags) => drains::run(&flags).await,
+            Verb::Release(flags) => release::run(&flags).await,
+        }
+    }
+
+    /// Whether this is a service, with a log, or a question, with an answer.
+    pub const fn is_service(&self) -> bool {
+        matches!(self.verb, Verb::Agent(_) | Verb::CriProxy(_))
+    }
+}
+
+/// Where the agent is.
+#[derive(Args)]
+struct AgentFlags {
+    /// The agent's unix socket.
+    #[arg(long = "agent", env = "EBB_AGENT", default_value = "/run/ebb/agent.sock", value_name = "SOCKET")]
+    socket: PathBuf,
+}
+
+impl AgentFlags {
+    fn client(&self) -> AgentClient {
+        AgentClient::new(&self.socket)
+    }
+}
+
+/// Flags of all verbs that show something.
+#[derive(Args)]
+struct ViewFlags {
+    #[command(flatten)]
+    agent: AgentFlags,
+    /// How to print it.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum Output {
+    /// Aligned columns, for people.
+    #[default]
+    Table,
+    /// One JSON document, for programs (schema ebb.dev/v1).
+    Json,
+}
+
+impl ViewFlags {
+    /// Prints `document` in the wanted form.
+    fn print<T: Serialize>(&self, document: &T, table: impl FnOnce(&T) -> String) -> Result<()> {
+        use std::io::Write as _;
+        let text = match self.output {
+            Output::Table => table(document),
+            Output::Json => serde_json::to_string_pretty(document)? + "\n",
+        };
+        match std::io::stdout().write_all(text.as_bytes()) {
+            // The reader (`head`, a pager) has seen enough.
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            written => Ok(written?),
+        }
+    }
+}

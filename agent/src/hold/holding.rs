@@ -1,0 +1,191 @@
+//! Answering a holder's request (`POST /v1/holds`): is this stop to be held, and for how long?
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, mpsc},
+    time::sleep,
+};
+
+use super::wire::{HeldCall, HoldMessage, HoldRequest, ReleaseReason};
+use crate::{
+    agent::Agent,
+    clock::BootTime,
+    drain::driver::HoldOrder,
+    ids::{ContainerId, SandboxId},
+    pods::{
+        Pod,
+        kube::LONGEST_WAIT,
+        terminating::{Evidence, StopWatch, Verdict},
+    },
+};
+
+/// Decides who is terminating; see [`crate::pods::terminating`].
+pub struct Judge {
+    stops: Mutex<StopWatch>,
+    another: Notify,
+}
+
+impl Judge {
+    /// `hold_unknown`: hold also where nobody can tell.
+    pub fn new(hold_unknown: bool) -> Self {
+        Self {
+            stops: Mutex::new(StopWatch::new(hold_unknown)),
+            another: Notify::new(),
+        }
+    }
+
+    /// Whether stopping `container` is part of its pod's end. Waits a moment if that is what it takes.
+    async fn is_end(
+        &self,
+        pod: &Pod,
+        container: &ContainerId,
+        evidence: Evidence,
+    ) -> Result<&'static str, &'static str> {
+        let mut verdict =
+            self.stops()
+                .stop_requested(pod, container, evidence, BootTime::now());
+        self.another.notify_waiters();
+        loop {
+            let wait = match verdict {
+                Verdict::Yes(why) => return Ok(why.name()),
+                Verdict::No(why) => return Err(why.name()),
+                Verdict::WaitUntil(moment) => moment.since(BootTime::now()),
+            };
+            // Registered before asking again, so that no stop in between is missed.
+            let another = self.another.notified();
+            verdict = self
+                .stops()
+                .ask_again(pod, container, evidence, BootTime::now());
+            if matches!(verdict, Verdict::WaitUntil(_)) {
+                tokio::select! {
+                    () = another => {}
+                    () = sleep(wait) => {}
+                }
+                verdict = self
+                    .stops()
+                    .ask_again(pod, container, evidence, BootTime::now());
+            }
+        }
+    }
+
+    fn sandbox_stops(&self, sandbox: &SandboxId) {
+        self.stops().sandbox_stop_requested(sandbox, BootTime::now());
+        self.another.notify_waiters();
+    }
+
+    fn stops(&self) -> std::sync::MutexGuard<'_, StopWatch> {
+        // What it remembers is right after every call, also one that panicked.
+        self.stops.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Answers one request, message by message. Ends early, giving the hold up, when nobody listens any more.
+pub async fn answer(agent: Arc<Agent>, request: HoldRequest, to: mpsc::Sender<HoldMessage>) {
+    tokio::select! {
+        () = to.closed() => {}
+        () = decide(&agent, request, &to) => {}
+    }
+}
+
+async fn decide(agent: &Agent, request: HoldRequest, to: &mpsc::Sender<HoldMessage>) {
+    let message = match wanted(agent, &request).await {
+        Ok(order) => hold(agent, order, to).await,
+        Err(why) => {
+            agent.metrics.passed(why);
+            tracing::info!(call = ?request.call, "not held: {why}");
+            HoldMessage::Pass { why: why.into() }
+        }
+    };
+    // Nobody listens: nobody has to be told.
+    let _ = to.send(message).await;
+}
+
+/// The hold to order, or why there is none.
+async fn wanted(agent: &Agent, request: &HoldRequest) -> Result<HoldOrder, &'static str> {
+    let (pod, grace) = match &request.call {
+        HeldCall::StopContainer {
+            container,
+            timeout_ms,
+        } => {
+            let pod = agent
+                .pods
+                .by_container(container)
+                .await
+                .ok_or("unknown-container")?;
+            may_hold(agent, &pod)?;
+            let evidence = Evidence {
+                deleting: agent.kube.is_deleting(&pod, LONGEST_WAIT).await,
+                prestop_wait: in_drain(agent, &pod),
+            };
+            let why = agent.judge.is_end(&pod, container, evidence).await?;
+            tracing::debug!(pod = %pod.name, "terminating: {why}");
+            (pod, Some(Duration::from_millis(*timeout_ms)))
+        }
+        HeldCall::StopPodSandbox { sandbox } => {
+            agent.judge.sandbox_stops(sandbox);
+            let pod = sandbox_pod(agent, sandbox).await.ok_or("unknown-sandbox")?;
+            may_hold(agent, &pod)?;
+            if !in_drain(agent, &pod) && !pod.containers.iter().any(|c| c.running) {
+                return Err("nothing-runs");
+            }
+            if agent.kube.is_deleting(&pod, LONGEST_WAIT).await == Some(false) {
+                return Err("not-deleting");
+            }
+            let grace = pod.containers.iter().filter_map(|c| c.grace).max();
+            (pod, grace)
+        }
+    };
+    let (policy, warnings) = agent.policy_of(&pod);
+    Ok(HoldOrder {
+        pod,
+        policy,
+        warnings,
+        grace,
+        patience: request.caller_patience_ms.map(Duration::from_millis),
+    })
+}
+
+fn may_hold(agent: &Agent, pod: &Pod) -> Result<(), &'static str> {
+    let (policy, _) = agent.policy_of(pod);
+    policy.enabled.then_some(()).ok_or("drain-off")
+}
+
+fn in_drain(agent: &Agent, pod: &Pod) -> bool {
+    let view = agent.drains.view();
+    let view = view.borrow();
+    view.active.iter().any(|r| r.pod.uid == pod.name.uid)
+}
+
+/// The pod of a sandbox, with containers as they are now if the runtime says.
+async fn sandbox_pod(agent: &Agent, sandbox: &SandboxId) -> Option<Arc<Pod>> {
+    let table = match agent.pods.refresh().await {
+        Ok(table) => table,
+        Err(_) => agent.pods.latest(),
+    };
+    table.by_sandbox(sandbox).cloned()
+}
+
+async fn hold(agent: &Agent, order: HoldOrder, to: &mpsc::Sender<HoldMessage>) -> HoldMessage {
+    let began = BootTime::now();
+    let pod = order.pod.name.uid.clone();
+    let hold = agent.drains.hold(order).await;
+    let holding = HoldMessage::Holding {
+        pod,
+        deadline_ms: millis(hold.deadline().since(began)),
+        reserve_ms: millis(hold.reserve()),
+    };
+    let _ = to.send(holding).await;
+    let report = hold.released().await;
+    HoldMessage::Release {
+        reason: report.reason.unwrap_or(ReleaseReason::Shutdown),
+        held_ms: millis(BootTime::now().since(began)),
+    }
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,6 @@
+//! Telling people and programs: JSON shapes, tables, metrics.
+
+pub mod metrics;
+pub mod table;
+pub mod text;
+pub mod view;

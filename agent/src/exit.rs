@@ -1,13 +1,13 @@
 //! Exit statuses: one for each kind of trouble, so that scripts and supervisors can tell.
 
-use std::process::ExitCode;
+use std::{error::Error, io, process::ExitCode};
 
 use crate::{
-    api::client::ClientError,
+    agent::StartError,
+    api::client::AgentError,
     hold::cri_proxy::listen::ListenError,
     kernel::KernelError,
-    pods::{cri::CriError, table::FindError},
-    serve::StartError,
+    pods::cri::CriError,
 };
 
 /// For `ebb --help` and the README.
@@ -17,27 +17,117 @@ Exit status:
    1  anything not listed here
    2  wrong usage, or a value out of range
    3  not permitted: ebb needs root, or a capability is missing
-   4  this kernel can't be used (no BTF, a field or a BPF feature is missing)
+   4  this kernel can't be used: no BTF, or a field or a BPF feature is missing
    5  the CRI socket can't be reached
    6  what answers on the CRI socket is not a CRI v1 runtime
-   7  an address or a port is in use, or not to be had
+   7  an address, a socket path or the run directory can't be had
    8  another ebb runs here already
    9  the agent can't be reached
-  10  no such pod, or more than one";
+  10  no such pod, more than one, or none that drains";
 
-/// The exit status for an error, by the first cause that has one.
+/// The exit status for an error: of the first cause in its chain that has one.
 pub fn code(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(error.chain().find_map(status).unwrap_or(1))
 }
 
-fn status(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    if let Some(e) = cause.downcast_ref::<KernelError>() {
-        return Some(match e {
-            KernelError::NotPermitted => 3,
-            KernelError::NoBtf { .. } | KernelError::NoField { .. } | KernelError::Refused { .. } => 4,
-            KernelError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => 3,
-            KernelError::Io { .. } => 1,
-        });
+/// An error and its causes on one line, each said once.
+pub fn one_line(error: &anyhow::Error) -> String {
+    /// A verifier log is of use to those who debug ebb; `EBB_LOG=debug` has no more of it than this.
+    const LONGEST: usize = 1000;
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string().replace('\n', "; ");
+        if !line.ends_with(&text) {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&text);
+        }
     }
-    None
+    if let Some((end, _)) = line.char_indices().nth(LONGEST) {
+        line.truncate(end);
+        line.push('…');
+    }
+    line
+}
+
+fn status(cause: &(dyn Error + 'static)) -> Option<u8> {
+    if let Some(e) = cause.downcast_ref::<StartError>() {
+        return match e {
+            StartError::Cri(e) => Some(cri(e)),
+            StartError::Kernel(e) => Some(kernel(e)),
+            StartError::Listen(e) => Some(listen(e)),
+            StartError::AlreadyRunning { .. } => Some(8),
+            StartError::RunDir { source, .. } if is_permission(source) => Some(3),
+            StartError::RunDir { .. } | StartError::Port { .. } => Some(7),
+            StartError::Kube(_) => None,
+        };
+    }
+    cause
+        .downcast_ref()
+        .map(listen)
+        .or_else(|| cause.downcast_ref().map(cri))
+        .or_else(|| cause.downcast_ref().map(kernel))
+        .or_else(|| cause.downcast_ref().and_then(agent))
+}
+
+fn cri(e: &CriError) -> u8 {
+    match e {
+        CriError::Permission { .. } => 3,
+        CriError::NotCri { .. } | CriError::WrongVersion { .. } => 6,
+        CriError::Unreachable { .. } | CriError::Timeout { .. } | CriError::Failed { .. } => 5,
+    }
+}
+
+fn kernel(e: &KernelError) -> u8 {
+    match e {
+        KernelError::NotPermitted => 3,
+        KernelError::NoBtf { .. } | KernelError::NoField { .. } | KernelError::Refused { .. } => 4,
+        KernelError::Io { source, .. } if is_permission(source) => 3,
+        KernelError::Io { .. } => 1,
+    }
+}
+
+const fn listen(e: &ListenError) -> u8 {
+    match e {
+        ListenError::AlreadyServed(_) | ListenError::Busy(_) => 8,
+        ListenError::NotASocket(_)
+        | ListenError::Io { .. }
+        | ListenError::NotAListener(_)
+        | ListenError::TooMany(_) => 7,
+    }
+}
+
+fn agent(e: &AgentError) -> Option<u8> {
+    match e {
+        AgentError::NotAllowed { .. } => Some(3),
+        AgentError::NotRunning { .. } | AgentError::Connect { .. } | AgentError::Timeout { .. } => Some(9),
+        AgentError::Refused { status, .. } if matches!(status.as_u16(), 404 | 409) => Some(10),
+        _ => None,
+    }
+}
+
+fn is_permission(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::PermissionDenied
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_on_one_line_and_not_repeated() {
+        let e = anyhow::anyhow!("disk\nfull").context("disk\nfull").context("writing x");
+        assert_eq!(one_line(&e), "writing x: disk; full");
+    }
+
+    #[test]
+    fn each_kind_of_trouble_has_its_status_also_below_a_context() {
+        let not_permitted = || anyhow::Error::from(KernelError::NotPermitted);
+        assert_eq!(code(&not_permitted()), ExitCode::from(3));
+        assert_eq!(code(&not_permitted().context("x")), ExitCode::from(3));
+        let running = StartError::AlreadyRunning { lock: "/x".into() };
+        assert_eq!(code(&running.into()), ExitCode::from(8));
+        assert_eq!(code(&anyhow::anyhow!("x")), ExitCode::from(1));
+    }
 }

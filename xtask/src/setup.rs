@@ -31,6 +31,17 @@ const PACKAGES: &[(&str, &str, &str)] = &[
         "runc",
     ),
     (
+        "libcrypt1",
+        "/usr/lib/x86_64-linux-gnu/libcrypt.so.1",
+        "nginx",
+    ),
+    (
+        "libssl3",
+        "/usr/lib/x86_64-linux-gnu/libssl.so.3",
+        "nginx",
+    ),
+    ("zlib1g", "/usr/lib/x86_64-linux-gnu/libz.so.1", "nginx"),
+    (
         "libpcre2-8-0",
         "/usr/lib/x86_64-linux-gnu/libpcre2-8.so.0",
         "nginx",
@@ -59,7 +70,7 @@ const PARTS: &[(&str, &str)] = &[
     ("containerd", "usr/bin/containerd"),
     ("runc", "usr/sbin/runc"),
     ("containernetworking-plugins", "usr/lib/cni/bridge"),
-    ("nginx-light", "usr/sbin/nginx"),
+    ("nginx", "usr/sbin/nginx"),
     ("nginx-common", "etc/nginx/mime.types"),
 ];
 

@@ -158,27 +158,56 @@ impl Board {
 impl Clients {
     /// No clients yet.
     pub fn new() -> Self {
-        let board = Board { tallies: Arc::default(), in_place: Arc::new(Semaphore::new(0)) };
-        Self { board, tasks: JoinSet::new(), started: 0 }
+        let board = Board {
+            tallies: Arc::default(),
+            in_place: Arc::new(Semaphore::new(0)),
+        };
+        Self {
+            board,
+            tasks: JoinSet::new(),
+            started: 0,
+        }
     }
 
     /// Starts clients of `server`. May be called again for more.
     pub fn start(&mut self, server: SocketAddr, load: Load) {
         match load {
-            Load::Download { path, rate, clients } => {
-                self.spawn(clients, move |board| single(board, Kind::Download, server, path.clone(), rate));
+            Load::Download {
+                path,
+                rate,
+                clients,
+            } => {
+                self.spawn(clients, move |board| {
+                    single(board, Kind::Download, server, path.clone(), rate)
+                });
             }
             Load::Slow { path, clients } => {
-                self.spawn(clients, move |board| single(board, Kind::Slow, server, path.clone(), None));
+                self.spawn(clients, move |board| {
+                    single(board, Kind::Slow, server, path.clone(), None)
+                });
             }
             Load::Backlog { path, clients } => {
-                self.spawn(clients, move |board| single(board, Kind::Backlog, server, path.clone(), None));
+                self.spawn(clients, move |board| {
+                    single(board, Kind::Backlog, server, path.clone(), None)
+                });
             }
-            Load::Idle { path, quiet, clients } => {
-                self.spawn(clients, move |board| idle(board, server, path.clone(), quiet));
+            Load::Idle {
+                path,
+                quiet,
+                clients,
+            } => {
+                self.spawn(clients, move |board| {
+                    idle(board, server, path.clone(), quiet)
+                });
             }
-            Load::Stale { path, every, during } => {
-                self.spawn(1, move |board| stale(board, server, path.clone(), every, during));
+            Load::Stale {
+                path,
+                every,
+                during,
+            } => {
+                self.spawn(1, move |board| {
+                    stale(board, server, path.clone(), every, during)
+                });
             }
         }
     }
@@ -194,7 +223,11 @@ impl Clients {
 
     /// The count so far. Requests under way are not in it.
     pub fn so_far(&self) -> BTreeMap<Kind, Tally> {
-        self.board.tallies.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.board
+            .tallies
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Waits until all have done what they set out to do, and returns the count.
@@ -260,12 +293,15 @@ async fn stale(board: Board, server: SocketAddr, path: String, every: Duration, 
     let started = Instant::now();
     while started.elapsed() < during {
         let (board, path) = (board.clone(), path.clone());
-        requests.spawn(async move { board.count(Kind::Stale, patiently(get(server, &path)).await) });
+        requests
+            .spawn(async move { board.count(Kind::Stale, patiently(get(server, &path)).await) });
         sleep(every).await;
     }
     while requests.join_next().await.is_some() {}
 }
 
 async fn patiently<T>(request: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    timeout(PATIENCE, request).await.unwrap_or_else(|_| Err(Failure("timed out".into())))
+    timeout(PATIENCE, request)
+        .await
+        .unwrap_or_else(|_| Err(Failure("timed out".into())))
 }

@@ -42,9 +42,19 @@ impl Containerd {
         let directory = place.directory().join("containerd");
         fs::create_dir_all(directory.join("cni"))?;
         let runc = runc_for_this_machine(parts, &directory)?;
-        fs::write(directory.join("config.toml"), configuration(&directory, &runc, parts))?;
-        fs::write(directory.join("cni/10-ebb-node.conflist"), network().to_string())?;
-        let mut containerd = Self { parts: parts.clone(), directory, child: None };
+        fs::write(
+            directory.join("config.toml"),
+            configuration(&directory, &runc, parts),
+        )?;
+        fs::write(
+            directory.join("cni/10-ebb-node.conflist"),
+            network().to_string(),
+        )?;
+        let mut containerd = Self {
+            parts: parts.clone(),
+            directory,
+            child: None,
+        };
         containerd.resume().await?;
         Ok(containerd)
     }
@@ -62,7 +72,6 @@ impl Containerd {
             .arg("--config")
             .arg(self.directory.join("config.toml"))
             .env("PATH", self.parts.path_variable())
-            .env("LD_LIBRARY_PATH", self.parts.library_path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -70,7 +79,9 @@ impl Containerd {
             .spawn()
             .with_context(|| format!("can't start {}", self.parts.containerd().display()))?;
         self.child = Some(child);
-        self.until_ready().await.with_context(|| format!("containerd says:\n{}", self.last_words()))
+        self.until_ready()
+            .await
+            .with_context(|| format!("containerd says:\n{}", self.last_words()))
     }
 
     /// Ends containerd with SIGTERM. Pods run on, under their shims.
@@ -107,13 +118,24 @@ impl Containerd {
     /// Imports the images of an archive made by [`image`].
     pub(crate) async fn import(&self, archive: &Path) -> Result<()> {
         let output = Command::new(self.parts.ctr())
-            .args(["--address", SOCKET, "--namespace", "k8s.io", "images", "import", "--digests=false"])
+            .args([
+                "--address",
+                SOCKET,
+                "--namespace",
+                "k8s.io",
+                "images",
+                "import",
+                "--digests=false",
+            ])
             .arg(archive)
             .output()
             .await
             .with_context(|| format!("can't start {}", self.parts.ctr().display()))?;
         if !output.status.success() {
-            bail!("can't import images: {}", String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "can't import images: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(())
     }
@@ -124,7 +146,9 @@ impl Containerd {
         if let Some(pid) = pid {
             kill_process(pid, signal)?;
         }
-        let status = timeout(STOP_WITHIN, child.wait()).await.context("containerd does not end")??;
+        let status = timeout(STOP_WITHIN, child.wait())
+            .await
+            .context("containerd does not end")??;
         Ok(status)
     }
 
@@ -132,7 +156,11 @@ impl Containerd {
         let kubelet = Kubelet::new(self.socket())?;
         let started = Instant::now();
         loop {
-            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
+            if let Some(status) = self
+                .child
+                .as_mut()
+                .and_then(|child| child.try_wait().transpose())
+            {
                 self.child = None;
                 bail!("containerd ended at its start ({})", status?);
             }
@@ -157,7 +185,10 @@ impl Containerd {
 fn runc_for_this_machine(parts: &Parts, directory: &Path) -> Result<PathBuf> {
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")
         .context("cgroup2 is not at /sys/fs/cgroup")?;
-    if controllers.split_whitespace().any(|controller| controller == "cpu") {
+    if controllers
+        .split_whitespace()
+        .any(|controller| controller == "cpu")
+    {
         return Ok(parts.runc());
     }
     let bin = directory.join("bin");

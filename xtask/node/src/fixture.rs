@@ -55,30 +55,37 @@ pub(crate) fn pause() -> Result<ExitCode> {
 /// Waits for SIGTERM, SIGINT or SIGQUIT. A container's pid 1 has no default actions: without handlers
 /// these signals do nothing, which is what `deaf` is for.
 fn until_told(deaf: bool) -> Result<ExitCode> {
-    Builder::new_current_thread().enable_all().build()?.block_on(async {
-        if deaf {
-            return pending().await;
-        }
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut quit = signal(SignalKind::quit())?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = quit.recv() => {}
-        }
-        // Threads that serve connections are not waited for.
-        Ok(ExitCode::SUCCESS)
-    })
+    Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async {
+            if deaf {
+                return pending().await;
+            }
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut quit = signal(SignalKind::quit())?;
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = quit.recv() => {}
+            }
+            // Threads that serve connections are not waited for.
+            Ok(ExitCode::SUCCESS)
+        })
 }
 
 fn get(url: &str) -> Result<ExitCode> {
     let rest = url.strip_prefix("http://").context("only http:// URLs")?;
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let path = if path.is_empty() { "/" } else { path };
-    let address: SocketAddr =
-        authority.parse().with_context(|| format!("{authority:?} is not <address>:<port>"))?;
-    let reply = Builder::new_current_thread().enable_all().build()?.block_on(http::get(address, path))?;
+    let address: SocketAddr = authority
+        .parse()
+        .with_context(|| format!("{authority:?} is not <address>:<port>"))?;
+    let reply = Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(http::get(address, path))?;
     std::io::stdout().write_all(&reply.body)?;
     if !reply.status.is_success() {
         bail!("{url}: {}", reply.status);

@@ -23,7 +23,9 @@ pub const NGINX: &str = "ebb.local/nginx:1";
 pub const FIXTURE: &str = "ebb.local/fixture:1";
 
 /// Directories that programs expect.
-const DIRECTORIES: &[&str] = &["dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "var/log"];
+const DIRECTORIES: &[&str] = &[
+    "dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "var/log",
+];
 
 /// Makes one archive with all images, for `ctr images import`, at `target`.
 ///
@@ -36,11 +38,23 @@ pub fn build(parts: &Parts, target: &Path) -> Result<()> {
     fs::create_dir_all(&scratch)?;
     let mut archive = Archive::create(target)?;
 
-    let programs = programs_layer(parts, &scratch.join("programs"))?;
-    archive.add(FIXTURE, &[&programs], &entry(&["/usr/bin", helpers::FIXTURE], &[], "SIGTERM"))?;
-    archive.add(PAUSE, &[&programs], &entry(&["/usr/bin", helpers::PAUSE], &[], "SIGTERM"))?;
+    let programs = programs_layer(&scratch.join("programs"))?;
+    archive.add(
+        FIXTURE,
+        &[&programs],
+        &entry(&["/usr/bin", helpers::FIXTURE], &[], "SIGTERM"),
+    )?;
+    archive.add(
+        PAUSE,
+        &[&programs],
+        &entry(&["/usr/bin", helpers::PAUSE], &[], "SIGTERM"),
+    )?;
     let nginx = nginx_layer(parts, &scratch.join("nginx"))?;
-    archive.add(NGINX, &[&nginx], &entry(&["/usr/sbin", "nginx"], &["-g", "daemon off;"], "SIGQUIT"))?;
+    archive.add(
+        NGINX,
+        &[&nginx],
+        &entry(&["/usr/sbin", "nginx"], &["-g", "daemon off;"], "SIGQUIT"),
+    )?;
 
     archive.finish()?;
     fs::remove_dir_all(&scratch)?;
@@ -55,21 +69,27 @@ fn entry(program: &[&str; 2], arguments: &[&str], stop_signal: &'static str) -> 
     }
 }
 
-fn programs_layer(parts: &Parts, path: &Path) -> Result<Layer> {
+fn programs_layer(path: &Path) -> Result<Layer> {
     let executable = std::env::current_exe().context("can't tell which program this is")?;
     let mut layer = archive::LayerWriter::create(path)?;
     base(&mut layer)?;
     layer.file("usr/bin/ebb-node", &executable, 0o755)?;
     layer.link("usr/bin/ebb-fixture", "ebb-node")?;
     layer.link("usr/bin/ebb-pause", "ebb-node")?;
-    libraries(&mut layer, &executable, parts)?;
+    libraries(&mut layer, &executable)?;
     layer.finish()
 }
 
 fn nginx_layer(parts: &Parts, path: &Path) -> Result<Layer> {
     let mut layer = archive::LayerWriter::create(path)?;
     base(&mut layer)?;
-    for directory in ["etc/nginx/conf.d", "usr/sbin", "usr/share/nginx/html", "var/lib/nginx", "var/log/nginx"] {
+    for directory in [
+        "etc/nginx/conf.d",
+        "usr/sbin",
+        "usr/share/nginx/html",
+        "var/lib/nginx",
+        "var/log/nginx",
+    ] {
         layer.directory(directory)?;
     }
     layer.file("usr/sbin/nginx", &parts.nginx(), 0o755)?;
@@ -77,7 +97,7 @@ fn nginx_layer(parts: &Parts, path: &Path) -> Result<Layer> {
     layer.text("etc/nginx/nginx.conf", NGINX_CONF)?;
     layer.text("etc/nginx/conf.d/default.conf", NGINX_DEFAULT)?;
     layer.text("usr/share/nginx/html/index.html", "nginx in an ebb node\n")?;
-    libraries(&mut layer, &parts.nginx(), parts)?;
+    libraries(&mut layer, &parts.nginx())?;
     layer.finish()
 }
 
@@ -85,28 +105,37 @@ fn base(layer: &mut archive::LayerWriter) -> Result<()> {
     for directory in DIRECTORIES {
         layer.directory(directory)?;
     }
-    layer.text("etc/passwd", "root:x:0:0:root:/:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n")?;
+    layer.text(
+        "etc/passwd",
+        "root:x:0:0:root:/:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n",
+    )?;
     layer.text("etc/group", "root:x:0:\nwww-data:x:33:\n")?;
-    layer.text("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n")
+    layer.text(
+        "etc/nsswitch.conf",
+        "passwd: files\ngroup: files\nhosts: files\n",
+    )
 }
 
 /// Adds the shared libraries that `program` needs, at the paths where they are looked for.
-fn libraries(layer: &mut archive::LayerWriter, program: &Path, parts: &Parts) -> Result<()> {
+fn libraries(layer: &mut archive::LayerWriter, program: &Path) -> Result<()> {
     let output = Command::new("ldd")
         .arg(program)
-        .env("LD_LIBRARY_PATH", parts.library_path())
         .output()
         .context("can't start ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if let Some(missing) = text.lines().find(|line| line.contains("not found")) {
-        bail!("{}: {}: run `cargo xtask setup`", program.display(), missing.trim());
+        bail!(
+            "{}: {}: run `cargo xtask setup`",
+            program.display(),
+            missing.trim()
+        );
     }
     for library in library_paths(&text) {
-        // A library out of the parts goes where the loader of the image looks without being told.
-        let name = library.file_name().context("a library without a name")?;
-        let system = library.starts_with("/lib") || library.starts_with("/usr/lib");
-        let inside = if system { library.clone() } else { Path::new("/lib").join(name) };
-        layer.file(&inside.strip_prefix("/")?.to_string_lossy(), &library, 0o755)?;
+        layer.file(
+            &library.strip_prefix("/")?.to_string_lossy(),
+            &library,
+            0o755,
+        )?;
     }
     Ok(())
 }
@@ -115,8 +144,14 @@ fn libraries(layer: &mut archive::LayerWriter, program: &Path, parts: &Parts) ->
 fn library_paths(text: &str) -> BTreeSet<PathBuf> {
     text.lines()
         .filter_map(|line| {
-            let path = line.split_once(" => ").map_or(line, |(_, path)| path).trim();
-            path.starts_with('/').then(|| path.split(" (").next()).flatten().map(PathBuf::from)
+            let path = line
+                .split_once(" => ")
+                .map_or(line, |(_, path)| path)
+                .trim();
+            path.starts_with('/')
+                .then(|| path.split(" (").next())
+                .flatten()
+                .map(PathBuf::from)
         })
         .collect()
 }
@@ -151,7 +186,13 @@ mod tests {
     fn ldd_output_gives_libraries_and_loader_but_not_the_vdso() {
         let text = "\tlinux-vdso.so.1 (0x00007f)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x0)\n\
                     \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
-        let expected = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"];
-        assert_eq!(library_paths(text), expected.iter().map(PathBuf::from).collect());
+        let expected = [
+            "/lib/x86_64-linux-gnu/libc.so.6",
+            "/lib64/ld-linux-x86-64.so.2",
+        ];
+        assert_eq!(
+            library_paths(text),
+            expected.iter().map(PathBuf::from).collect()
+        );
     }
 }

@@ -55,7 +55,8 @@ impl Kubelet {
             .origin(Uri::from_static("http://localhost"))
             .connect_lazy();
         Ok(Self {
-            runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
+            runtime: RuntimeServiceClient::new(channel.clone())
+                .max_decoding_message_size(MESSAGE_LIMIT),
             images: ImageServiceClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT),
             kubepods: place.kubepods(),
             logs: place.directory().join("pods"),
@@ -78,8 +79,15 @@ impl Kubelet {
     /// If the endpoint does not answer.
     pub async fn is_ready(&self) -> Result<bool> {
         let request = within(Duration::from_secs(5), cri::StatusRequest::default());
-        let status = self.runtime().status(request).await.map_err(refused("Status"))?.into_inner();
-        Ok(status.status.is_some_and(|status| status.conditions.iter().all(|condition| condition.status)))
+        let status = self
+            .runtime()
+            .status(request)
+            .await
+            .map_err(refused("Status"))?
+            .into_inner();
+        Ok(status
+            .status
+            .is_some_and(|status| status.conditions.iter().all(|condition| condition.status)))
     }
 
     /// Waits until the runtime knows an image, at most ten seconds.
@@ -88,10 +96,24 @@ impl Kubelet {
     /// If it does not.
     pub async fn until_image(&self, name: &str) -> Result<()> {
         for _ in 0..500 {
-            let image = cri::ImageSpec { image: name.into(), ..Default::default() };
-            let request = cri::ImageStatusRequest { image: Some(image), verbose: false };
-            let reply = self.images().image_status(within(REQUEST_TIMEOUT, request)).await;
-            if reply.map_err(refused("ImageStatus"))?.into_inner().image.is_some() {
+            let image = cri::ImageSpec {
+                image: name.into(),
+                ..Default::default()
+            };
+            let request = cri::ImageStatusRequest {
+                image: Some(image),
+                verbose: false,
+            };
+            let reply = self
+                .images()
+                .image_status(within(REQUEST_TIMEOUT, request))
+                .await;
+            if reply
+                .map_err(refused("ImageStatus"))?
+                .into_inner()
+                .image
+                .is_some()
+            {
                 return Ok(());
             }
             sleep(Duration::from_millis(20)).await;
@@ -105,19 +127,39 @@ impl Kubelet {
     /// # Errors
     /// The first call that failed. What was made until then stays, as with a kubelet.
     pub async fn run(&self, spec: &PodSpec) -> Result<Pod> {
-        let logs = self.logs.join(format!("{}_{}_{}", spec.namespace, spec.name, spec.uid));
+        let logs = self
+            .logs
+            .join(format!("{}_{}_{}", spec.namespace, spec.name, spec.uid));
         fs::create_dir_all(&logs)?;
         let config = spec.sandbox_config(&self.kubepods, &logs);
-        let request =
-            cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        let request = cri::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: String::new(),
+        };
         // generous: the kubelet doubles its timeout for this call (RunPodSandbox in instrumented client)
-        let reply = self.runtime().run_pod_sandbox(within(REQUEST_TIMEOUT * 2, request)).await;
-        let sandbox_id = reply.map_err(refused("RunPodSandbox"))?.into_inner().pod_sandbox_id;
+        let reply = self
+            .runtime()
+            .run_pod_sandbox(within(REQUEST_TIMEOUT * 2, request))
+            .await;
+        let sandbox_id = reply
+            .map_err(refused("RunPodSandbox"))?
+            .into_inner()
+            .pod_sandbox_id;
         let ips = self.addresses(&sandbox_id).await?;
-        let mut pod = Pod { spec: spec.clone(), config, sandbox_id, ips, logs, containers: Vec::new() };
+        let mut pod = Pod {
+            spec: spec.clone(),
+            config,
+            sandbox_id,
+            ips,
+            logs,
+            containers: Vec::new(),
+        };
         for container in &spec.containers {
             let id = self.start_container(&pod, container, 0).await?;
-            pod.containers.push(Container { name: container.name.clone(), id });
+            pod.containers.push(Container {
+                name: container.name.clone(),
+                id,
+            });
         }
         Ok(pod)
     }
@@ -127,26 +169,52 @@ impl Kubelet {
     /// # Errors
     /// If the pod has no such container or a call fails.
     pub async fn restart(&self, pod: &mut Pod, name: &str, attempt: u32) -> Result<()> {
-        let spec = pod.spec.containers.iter().find(|spec| spec.name == name).cloned();
+        let spec = pod
+            .spec
+            .containers
+            .iter()
+            .find(|spec| spec.name == name)
+            .cloned();
         let spec = spec.with_context(|| format!("the pod has no container {name}"))?;
         let id = self.start_container(pod, &spec, attempt).await?;
         pod.containers.retain(|container| container.name != name);
-        pod.containers.push(Container { name: name.into(), id });
+        pod.containers.push(Container {
+            name: name.into(),
+            id,
+        });
         Ok(())
     }
 
-    async fn start_container(&self, pod: &Pod, spec: &ContainerSpec, attempt: u32) -> Result<String> {
+    async fn start_container(
+        &self,
+        pod: &Pod,
+        spec: &ContainerSpec,
+        attempt: u32,
+    ) -> Result<String> {
         let request = cri::CreateContainerRequest {
             pod_sandbox_id: pod.sandbox_id.clone(),
             config: Some(spec.config(&pod.spec, attempt)),
             sandbox_config: Some(pod.config.clone()),
         };
         fs::create_dir_all(pod.logs.join(&spec.name))?;
-        let reply = self.runtime().create_container(within(REQUEST_TIMEOUT, request)).await;
-        let container_id = reply.map_err(refused("CreateContainer"))?.into_inner().container_id;
-        let request = cri::StartContainerRequest { container_id: container_id.clone() };
-        let reply = self.runtime().start_container(within(REQUEST_TIMEOUT, request)).await;
-        reply.map_err(refused("StartContainer")).with_context(|| format!("container {}", spec.name))?;
+        let reply = self
+            .runtime()
+            .create_container(within(REQUEST_TIMEOUT, request))
+            .await;
+        let container_id = reply
+            .map_err(refused("CreateContainer"))?
+            .into_inner()
+            .container_id;
+        let request = cri::StartContainerRequest {
+            container_id: container_id.clone(),
+        };
+        let reply = self
+            .runtime()
+            .start_container(within(REQUEST_TIMEOUT, request))
+            .await;
+        reply
+            .map_err(refused("StartContainer"))
+            .with_context(|| format!("container {}", spec.name))?;
         Ok(container_id)
     }
 
@@ -154,17 +222,34 @@ impl Kubelet {
     ///
     /// # Errors
     /// If it can't be started or takes longer. A non-zero exit status is no error.
-    pub async fn exec(&self, container: &Container, command: &[&str], limit: Duration) -> Result<Output> {
+    pub async fn exec(
+        &self,
+        container: &Container,
+        command: &[&str],
+        limit: Duration,
+    ) -> Result<Output> {
         let request = cri::ExecSyncRequest {
             container_id: container.id.clone(),
             cmd: command.iter().map(ToString::to_string).collect(),
             timeout: seconds(limit),
         };
         // ExecSync: a command without a limit has no deadline at all.
-        let request =
-            if limit.is_zero() { Request::new(request) } else { within(limit + REQUEST_TIMEOUT, request) };
-        let reply = self.runtime().exec_sync(request).await.map_err(refused("ExecSync"))?.into_inner();
-        Ok(Output { status: reply.exit_code, stdout: reply.stdout, stderr: reply.stderr })
+        let request = if limit.is_zero() {
+            Request::new(request)
+        } else {
+            within(limit + REQUEST_TIMEOUT, request)
+        };
+        let reply = self
+            .runtime()
+            .exec_sync(request)
+            .await
+            .map_err(refused("ExecSync"))?
+            .into_inner();
+        Ok(Output {
+            status: reply.exit_code,
+            stdout: reply.stdout,
+            stderr: reply.stderr,
+        })
     }
 
     /// The pid of a container's first process, in the sandbox's PID namespace.
@@ -172,11 +257,20 @@ impl Kubelet {
     /// # Errors
     /// If the container is unknown or the runtime does not tell.
     pub async fn pid(&self, container: &Container) -> Result<u32> {
-        let request = cri::ContainerStatusRequest { container_id: container.id.clone(), verbose: true };
-        let reply = self.runtime().container_status(within(REQUEST_TIMEOUT, request)).await;
+        let request = cri::ContainerStatusRequest {
+            container_id: container.id.clone(),
+            verbose: true,
+        };
+        let reply = self
+            .runtime()
+            .container_status(within(REQUEST_TIMEOUT, request))
+            .await;
         let info = reply.map_err(refused("ContainerStatus"))?.into_inner().info;
-        let info: serde_json::Value = serde_json::from_str(info.get("info").map_or("", String::as_str))?;
-        let pid = info["pid"].as_u64().context("the runtime does not tell the pid")?;
+        let info: serde_json::Value =
+            serde_json::from_str(info.get("info").map_or("", String::as_str))?;
+        let pid = info["pid"]
+            .as_u64()
+            .context("the runtime does not tell the pid")?;
         Ok(pid.try_into()?)
     }
 
@@ -185,17 +279,37 @@ impl Kubelet {
     /// # Errors
     /// If the container is unknown.
     pub async fn status(&self, container: &Container) -> Result<cri::ContainerStatus> {
-        let request = cri::ContainerStatusRequest { container_id: container.id.clone(), verbose: false };
-        let reply = self.runtime().container_status(within(REQUEST_TIMEOUT, request)).await;
-        reply.map_err(refused("ContainerStatus"))?.into_inner().status.context("an empty status")
+        let request = cri::ContainerStatusRequest {
+            container_id: container.id.clone(),
+            verbose: false,
+        };
+        let reply = self
+            .runtime()
+            .container_status(within(REQUEST_TIMEOUT, request))
+            .await;
+        reply
+            .map_err(refused("ContainerStatus"))?
+            .into_inner()
+            .status
+            .context("an empty status")
     }
 
     async fn addresses(&self, sandbox_id: &str) -> Result<Vec<IpAddr>> {
-        let request =
-            cri::PodSandboxStatusRequest { pod_sandbox_id: sandbox_id.into(), ..Default::default() };
-        let reply = self.runtime().pod_sandbox_status(within(REQUEST_TIMEOUT, request)).await;
-        let status = reply.map_err(refused("PodSandboxStatus"))?.into_inner().status;
-        let Some(network) = status.and_then(|status| status.network) else { return Ok(Vec::new()) };
+        let request = cri::PodSandboxStatusRequest {
+            pod_sandbox_id: sandbox_id.into(),
+            ..Default::default()
+        };
+        let reply = self
+            .runtime()
+            .pod_sandbox_status(within(REQUEST_TIMEOUT, request))
+            .await;
+        let status = reply
+            .map_err(refused("PodSandboxStatus"))?
+            .into_inner()
+            .status;
+        let Some(network) = status.and_then(|status| status.network) else {
+            return Ok(Vec::new());
+        };
         std::iter::once(network.ip)
             .chain(network.additional_ips.into_iter().map(|further| further.ip))
             .filter(|ip| !ip.is_empty())
@@ -220,5 +334,7 @@ fn seconds(duration: Duration) -> i64 {
 }
 
 fn owned(map: &[(&str, &str)]) -> HashMap<String, String> {
-    map.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
+    map.iter()
+        .map(|(key, value)| ((*key).into(), (*value).into()))
+        .collect()
 }

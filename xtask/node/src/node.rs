@@ -38,7 +38,11 @@ impl Node {
         build.await?.context("can't make images")?;
         containerd.import(&archive).await?;
         fs::remove_file(&archive)?;
-        let node = Self { place, parts, containerd };
+        let node = Self {
+            place,
+            parts,
+            containerd,
+        };
         let kubelet = node.kubelet()?;
         for name in [image::PAUSE, image::NGINX, image::FIXTURE] {
             kubelet.until_image(name).await?;

@@ -8,16 +8,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
-/// Debian packages that are unpacked into the parts directory.
-///
-/// The last five are the shared libraries of nginx and runc. They are on almost every Debian machine
-/// already, but nothing promises so.
-pub const PACKAGES: &[&str] = &[
+/// Debian packages to unpack into the parts directory.
+pub const UNPACKED: &[&str] = &[
     "containerd",
     "runc",
     "containernetworking-plugins",
     "nginx",
     "nginx-common",
+];
+
+/// Debian packages to install: the shared libraries of runc and nginx. They are on almost every Debian
+/// machine already, but nothing promises so.
+pub const INSTALLED: &[&str] = &[
     "libcrypt1",
     "libpcre2-8-0",
     "libseccomp2",
@@ -37,7 +39,9 @@ impl Parts {
     /// # Errors
     /// One line that names the missing program and the command that fetches it.
     pub fn find() -> Result<Self> {
-        let parts = Self { root: Self::directory() };
+        let parts = Self {
+            root: Self::directory(),
+        };
         let needed = [
             parts.containerd(),
             parts.ctr(),
@@ -100,20 +104,8 @@ impl Parts {
     /// A PATH on which the parts come first.
     pub(crate) fn path_variable(&self) -> String {
         let root = self.root.display();
-        format!("{root}/usr/bin:{root}/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    }
-
-    /// An LD_LIBRARY_PATH over the libraries that were unpacked with the parts; empty if none were.
-    pub(crate) fn library_path(&self) -> String {
-        let mut found = Vec::new();
-        for base in ["usr/lib", "lib"] {
-            let Ok(entries) = self.root.join(base).read_dir() else { continue };
-            for entry in entries.flatten() {
-                if entry.file_name().to_string_lossy().ends_with("-linux-gnu") {
-                    found.push(entry.path().display().to_string());
-                }
-            }
-        }
-        found.join(":")
+        format!(
+            "{root}/usr/bin:{root}/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        )
     }
 }

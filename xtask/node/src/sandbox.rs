@@ -38,7 +38,9 @@ static PLACE: OnceLock<Place> = OnceLock::new();
 /// # Errors
 /// If the process is not inside [`inside`].
 pub fn place() -> anyhow::Result<&'static Place> {
-    PLACE.get().ok_or_else(|| anyhow::anyhow!("not inside a node sandbox: call sandbox::inside first"))
+    PLACE
+        .get()
+        .ok_or_else(|| anyhow::anyhow!("not inside a node sandbox: call sandbox::inside first"))
 }
 
 /// Runs `f` in fresh mount, network, PID, IPC and UTS namespaces and returns its exit status.
@@ -97,7 +99,8 @@ fn watch(init: Pid, signals: &Signals) -> u8 {
     loop {
         let signal = signals.wait();
         if signal == libc::SIGCHLD {
-            if let Ok(Some((_, status))) = rustix::process::waitpid(Some(init), WaitOptions::NOHANG) {
+            if let Ok(Some((_, status))) = rustix::process::waitpid(Some(init), WaitOptions::NOHANG)
+            {
                 return exit_status(status);
             }
             continue;
@@ -120,7 +123,10 @@ fn init(place: Place, alive: &OwnedFd) -> Result<Side, Refusal> {
     }
     // Outer may have died before the line above; then nobody would ever send that signal.
     let mut hangup = [PollFd::new(alive, PollFlags::IN)];
-    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = rustix::time::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     if poll(&mut hangup, Some(&now)).is_ok_and(|ready| ready > 0) {
         std::process::exit(1);
     }
@@ -145,7 +151,9 @@ fn init(place: Place, alive: &OwnedFd) -> Result<Side, Refusal> {
 fn reap_until(worker: Pid) -> ! {
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
-            Ok(Some((pid, status))) if pid == worker => std::process::exit(exit_status(status).into()),
+            Ok(Some((pid, status))) if pid == worker => {
+                std::process::exit(exit_status(status).into())
+            }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(_) => std::process::exit(1),
         }
@@ -153,8 +161,11 @@ fn reap_until(worker: Pid) -> ! {
 }
 
 fn exit_status(status: WaitStatus) -> u8 {
-    let code = status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal));
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
+    let code = status
+        .exit_status()
+        .or_else(|| status.terminating_signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
 }
 
 fn unshare(flags: UnshareFlags) -> Result<(), Refusal> {
@@ -201,10 +212,17 @@ struct Signals {
 impl Signals {
     fn block() -> Self {
         // SAFETY: sigset_t is plain data; sigemptyset makes it a valid empty set.
-        let (mut waited, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+        let (mut waited, mut before): (libc::sigset_t, libc::sigset_t) =
+            unsafe { std::mem::zeroed() };
         // SAFETY: the pointer is to a live sigset_t.
         unsafe { libc::sigemptyset(&mut waited) };
-        for signal in [libc::SIGCHLD, libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        for signal in [
+            libc::SIGCHLD,
+            libc::SIGINT,
+            libc::SIGTERM,
+            libc::SIGHUP,
+            libc::SIGQUIT,
+        ] {
             // SAFETY: as above; the signal numbers are the system's own.
             unsafe { libc::sigaddset(&mut waited, signal) };
         }

@@ -28,20 +28,34 @@ fn main() -> ExitCode {
         return sandbox::inside(|| run(&name));
     }
     let trials = vec![
-        Trial::test("pods_of_two_containers_answer_on_both_families_and_stop_fast", || ends_well("pods")),
-        Trial::test("a_host_network_pod_answers_on_the_nodes_addresses", || ends_well("host_network")),
-        Trial::test("pods_outlive_a_stopped_and_a_killed_containerd", || ends_well("containerd")),
-        Trial::test("a_pre_stop_hook_is_taken_off_the_grace_period", || ends_well("pre_stop")),
-        Trial::test("clients_count_every_request_that_is_cut_off", || ends_well("clients")),
+        Trial::test(
+            "pods_of_two_containers_answer_on_both_families_and_stop_fast",
+            || ends_well("pods"),
+        ),
+        Trial::test("a_host_network_pod_answers_on_the_nodes_addresses", || {
+            ends_well("host_network")
+        }),
+        Trial::test("pods_outlive_a_stopped_and_a_killed_containerd", || {
+            ends_well("containerd")
+        }),
+        Trial::test("a_pre_stop_hook_is_taken_off_the_grace_period", || {
+            ends_well("pre_stop")
+        }),
+        Trial::test("clients_count_every_request_that_is_cut_off", || {
+            ends_well("clients")
+        }),
         Trial::test("an_interrupted_run_leaves_nothing", interrupted),
-        Trial::test("a_killed_run_leaves_no_process_and_the_next_one_sweeps", killed),
+        Trial::test(
+            "a_killed_run_leaves_no_process_and_the_next_one_sweeps",
+            killed,
+        ),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
 /// Inside the sandbox.
 fn run(name: &str) -> ExitCode {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let runtime = tokio::runtime::Runtime::new().expect("a machine with threads");
     let result = runtime.block_on(async {
         match name {
             "pods" => pods().await,
@@ -82,25 +96,43 @@ async fn pods() -> Result<()> {
         (pod.v6(8080)?, "ok\n"),
     ] {
         http::until_open(address, 5 * SECOND).await?;
-        ensure!(http::get(address, "/").await?.body == body, "{address} does not say {body:?}");
+        ensure!(
+            http::get(address, "/").await?.body == body,
+            "{address} does not say {body:?}"
+        );
     }
 
     let app = pod.container("app")?;
     let command = ["/usr/bin/ebb-fixture", "get", "http://127.0.0.1:80/"];
     let output = kubelet.exec(app, &command, 5 * SECOND).await?;
-    ensure!(output.stdout == b"from a mount\n", "exec in the pod: {output:?}");
+    ensure!(
+        output.stdout == b"from a mount\n",
+        "exec in the pod: {output:?}"
+    );
     let procs = fs::read_to_string(pod.container_cgroup(app).join("cgroup.procs"))?;
     let pid = kubelet.pid(app).await?;
-    ensure!(procs.lines().any(|line| line == pid.to_string()), "{pid} is not among {procs:?}");
+    ensure!(
+        procs.lines().any(|line| line == pid.to_string()),
+        "{pid} is not among {procs:?}"
+    );
 
-    let second = kubelet.run(&PodSpec::new("other").container(ContainerSpec::nginx("nginx"))).await?;
-    ensure!(second.ips != pod.ips && second.ips.len() == 2, "addresses {:?}", second.ips);
+    let second = kubelet
+        .run(&PodSpec::new("other").container(ContainerSpec::nginx("nginx")))
+        .await?;
+    ensure!(
+        second.ips != pod.ips && second.ips.len() == 2,
+        "addresses {:?}",
+        second.ips
+    );
 
     let stop = kubelet.stop(&pod, 30 * SECOND).await;
     eprintln!("{stop:?}");
     ensure!(stop.error().is_none(), "{stop:?}");
     ensure!(stop.took < 2 * SECOND, "stopping took {:?}", stop.took);
-    ensure!(http::get(pod.v4(80)?, "/").await.is_err(), "a stopped pod answers");
+    ensure!(
+        http::get(pod.v4(80)?, "/").await.is_err(),
+        "a stopped pod answers"
+    );
     kubelet.remove(&pod).await?;
     ensure!(!pod.cgroup().exists(), "{} is left", pod.cgroup().display());
     Ok(())
@@ -111,7 +143,10 @@ async fn host_network() -> Result<()> {
     let kubelet = node.kubelet()?;
     let spec = PodSpec::new("agent")
         .host_network()
-        .container(ContainerSpec::fixture("app", &["serve", "--port", "8099", "--dual"]));
+        .container(ContainerSpec::fixture(
+            "app",
+            &["serve", "--port", "8099", "--dual"],
+        ));
     let pod = kubelet.run(&spec).await?;
     for address in [pod.v4(8099)?, pod.v6(8099)?] {
         http::until_open(address, 5 * SECOND).await?;
@@ -124,16 +159,28 @@ async fn host_network() -> Result<()> {
 async fn containerd() -> Result<()> {
     let mut node = Node::start().await?;
     let kubelet = node.kubelet()?;
-    let pod = kubelet.run(&PodSpec::new("web").container(ContainerSpec::nginx("nginx"))).await?;
+    let pod = kubelet
+        .run(&PodSpec::new("web").container(ContainerSpec::nginx("nginx")))
+        .await?;
     http::until_open(pod.v4(80)?, 5 * SECOND).await?;
     let pid = kubelet.pid(pod.container("nginx")?).await?;
     for kill in [false, true] {
         let containerd = node.containerd();
-        if kill { containerd.kill().await? } else { containerd.stop().await? };
-        ensure!(kubelet.is_ready().await.is_err(), "containerd answers after its end");
+        if kill {
+            containerd.kill().await?
+        } else {
+            containerd.stop().await?
+        };
+        ensure!(
+            kubelet.is_ready().await.is_err(),
+            "containerd answers after its end"
+        );
         http::get(pod.v4(80)?, "/").await?;
         node.containerd().resume().await?;
-        ensure!(kubelet.pid(pod.container("nginx")?).await? == pid, "the container was started anew");
+        ensure!(
+            kubelet.pid(pod.container("nginx")?).await? == pid,
+            "the container was started anew"
+        );
     }
     ensure!(kubelet.stop(&pod, 5 * SECOND).await.error().is_none());
     Ok(())
@@ -142,18 +189,32 @@ async fn containerd() -> Result<()> {
 async fn pre_stop() -> Result<()> {
     let node = Node::start().await?;
     let kubelet = node.kubelet()?;
-    let hook = |path: &str| PreStop::HttpGet { port: 8080, path: path.into() };
+    let hook = |path: &str| PreStop::HttpGet {
+        port: 8080,
+        path: path.into(),
+    };
     let spec = PodSpec::new("web")
         .container(ContainerSpec::fixture("app", &["serve"]))
         .container(ContainerSpec::nginx("quick").pre_stop(hook("/slow?ms=1200")));
     let pod = kubelet.run(&spec).await?;
     http::until_open(pod.v4(8080)?, 5 * SECOND).await?;
     let mut only_nginx = pod.clone();
-    only_nginx.containers.retain(|container| container.name == "quick");
+    only_nginx
+        .containers
+        .retain(|container| container.name == "quick");
     let stop = kubelet.stop(&only_nginx, 10 * SECOND).await;
-    let nginx = stop.containers.first().context("no container was stopped")?;
+    let nginx = stop
+        .containers
+        .first()
+        .context("no container was stopped")?;
     ensure!(nginx.timeout == 9 * SECOND, "{stop:?}");
-    ensure!(nginx.pre_stop.as_ref().is_some_and(|(_, result)| result.is_ok()), "{stop:?}");
+    ensure!(
+        nginx
+            .pre_stop
+            .as_ref()
+            .is_some_and(|(_, result)| result.is_ok()),
+        "{stop:?}"
+    );
     Ok(())
 }
 
@@ -174,38 +235,118 @@ async fn clients() -> Result<()> {
     http::until_open(queue, 5 * SECOND).await?;
 
     let mut served = Clients::new();
-    served.start(app, Load::Slow { path: "/slow?ms=200".into(), clients: 3 });
-    served.start(app, Load::Download { path: "/stream?chunks=5&ms=20".into(), rate: None, clients: 2 });
-    served.start(app, Load::Idle { path: "/".into(), quiet: SECOND / 5, clients: 2 });
-    served.start(queue, Load::Backlog { path: "/".into(), clients: 3 });
+    served.start(
+        app,
+        Load::Slow {
+            path: "/slow?ms=200".into(),
+            clients: 3,
+        },
+    );
+    served.start(
+        app,
+        Load::Download {
+            path: "/stream?chunks=5&ms=20".into(),
+            rate: None,
+            clients: 2,
+        },
+    );
+    served.start(
+        app,
+        Load::Idle {
+            path: "/".into(),
+            quiet: SECOND / 5,
+            clients: 2,
+        },
+    );
+    served.start(
+        queue,
+        Load::Backlog {
+            path: "/".into(),
+            clients: 3,
+        },
+    );
     let every = Duration::from_millis(20);
-    served.start(app, Load::Stale { path: "/".into(), every, during: SECOND / 5 });
+    served.start(
+        app,
+        Load::Stale {
+            path: "/".into(),
+            every,
+            during: SECOND / 5,
+        },
+    );
     let tallies = served.finish().await;
     let sum = Tally::sum(tallies.values());
-    ensure!(sum.failed == 0 && sum.requests >= 3 + 2 + 4 + 3 + 5, "{tallies:?}");
+    ensure!(
+        sum.failed == 0 && sum.requests >= 3 + 2 + 4 + 3 + 5,
+        "{tallies:?}"
+    );
     ensure!(tallies.len() == 5, "{tallies:?}");
 
     let mut cut = Clients::new();
-    cut.start(app, Load::Slow { path: "/slow?ms=20000".into(), clients: 3 });
-    cut.start(app, Load::Download { path: "/stream?chunks=100&ms=200".into(), rate: None, clients: 2 });
-    cut.start(app, Load::Idle { path: "/".into(), quiet: 2 * SECOND, clients: 2 });
-    cut.start(queue, Load::Backlog { path: "/".into(), clients: 8 });
+    cut.start(
+        app,
+        Load::Slow {
+            path: "/slow?ms=20000".into(),
+            clients: 3,
+        },
+    );
+    cut.start(
+        app,
+        Load::Download {
+            path: "/stream?chunks=100&ms=200".into(),
+            rate: None,
+            clients: 2,
+        },
+    );
+    cut.start(
+        app,
+        Load::Idle {
+            path: "/".into(),
+            quiet: 2 * SECOND,
+            clients: 2,
+        },
+    );
+    cut.start(
+        queue,
+        Load::Backlog {
+            path: "/".into(),
+            clients: 8,
+        },
+    );
     cut.in_place().await;
-    cut.start(app, Load::Stale { path: "/".into(), every, during: SECOND });
+    cut.start(
+        app,
+        Load::Stale {
+            path: "/".into(),
+            every,
+            during: SECOND,
+        },
+    );
     let stop = kubelet.stop(&pod, 10 * SECOND).await;
     ensure!(stop.took < 2 * SECOND, "{stop:?}");
     let tallies = cut.finish().await;
     eprintln!("{tallies:#?}");
-    ensure!(tallies[&Kind::Slow].failed == 3 && tallies[&Kind::Download].failed == 2, "{tallies:?}");
-    ensure!(tallies[&Kind::Idle].closed_idle + tallies[&Kind::Idle].failed == 2, "{tallies:?}");
-    ensure!(tallies[&Kind::Stale].failed > 0 && tallies[&Kind::Backlog].failed >= 6, "{tallies:?}");
+    ensure!(
+        tallies[&Kind::Slow].failed == 3 && tallies[&Kind::Download].failed == 2,
+        "{tallies:?}"
+    );
+    ensure!(
+        tallies[&Kind::Idle].closed_idle + tallies[&Kind::Idle].failed == 2,
+        "{tallies:?}"
+    );
+    ensure!(
+        tallies[&Kind::Stale].failed > 0 && tallies[&Kind::Backlog].failed >= 6,
+        "{tallies:?}"
+    );
     Ok(())
 }
 
 /// Says that a pod runs and stays.
 async fn linger() -> Result<()> {
     let node = Node::start().await?;
-    node.kubelet()?.run(&PodSpec::new("web").container(ContainerSpec::nginx("nginx"))).await?;
+    node.kubelet()?
+        .run(&PodSpec::new("web").container(ContainerSpec::nginx("nginx")))
+        .await?;
     println!("running");
     std::future::pending().await
 }
@@ -256,7 +397,10 @@ fn killed() -> Result<(), Failed> {
 }
 
 fn start(scenario: &str) -> Result<Child, Failed> {
-    Ok(Command::new(std::env::current_exe()?).env(SCENARIO, scenario).stdout(Stdio::piped()).spawn()?)
+    Ok(Command::new(std::env::current_exe()?)
+        .env(SCENARIO, scenario)
+        .stdout(Stdio::piped())
+        .spawn()?)
 }
 
 fn start_lingering() -> Result<Child, Failed> {
@@ -275,10 +419,19 @@ fn signal(child: &Child, signal: Signal) -> Result<(), Failed> {
 
 fn nothing_left(outer: u32) -> Result<(), Failed> {
     let left = sandbox::left_behind(outer);
-    if left.is_empty() { Ok(()) } else { Err(format!("left behind: {left:#?}").into()) }
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("left behind: {left:#?}").into())
+    }
 }
 
 fn interfaces() -> BTreeSet<String> {
-    let entries = fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
-    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    let entries = fs::read_dir("/sys/class/net")
+        .into_iter()
+        .flatten()
+        .flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
 }

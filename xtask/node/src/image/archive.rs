@@ -39,19 +39,33 @@ pub(super) struct LayerWriter {
 impl LayerWriter {
     pub(super) fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("can't make {}", path.display()))?;
-        let writer = Hashing { hash: Sha256::new(), inner: BufWriter::with_capacity(1 << 20, file), size: 0 };
+        let writer = Hashing {
+            hash: Sha256::new(),
+            inner: BufWriter::with_capacity(1 << 20, file),
+            size: 0,
+        };
         let mut tar = Builder::new(writer);
         tar.mode(HeaderMode::Deterministic);
-        Ok(Self { path: path.to_owned(), tar })
+        Ok(Self {
+            path: path.to_owned(),
+            tar,
+        })
     }
 
     pub(super) fn directory(&mut self, name: &str) -> Result<()> {
-        let mut header = header(EntryType::Directory, 0, if name == "tmp" { 0o1777 } else { 0o755 });
-        Ok(self.tar.append_data(&mut header, format!("{name}/"), io::empty())?)
+        let mut header = header(
+            EntryType::Directory,
+            0,
+            if name == "tmp" { 0o1777 } else { 0o755 },
+        );
+        Ok(self
+            .tar
+            .append_data(&mut header, format!("{name}/"), io::empty())?)
     }
 
     pub(super) fn file(&mut self, name: &str, source: &Path, mode: u32) -> Result<()> {
-        let file = File::open(source).with_context(|| format!("can't read {}", source.display()))?;
+        let file =
+            File::open(source).with_context(|| format!("can't read {}", source.display()))?;
         let mut header = header(EntryType::Regular, file.metadata()?.len(), mode);
         Ok(self.tar.append_data(&mut header, name, file)?)
     }
@@ -69,7 +83,11 @@ impl LayerWriter {
     pub(super) fn finish(self) -> Result<Layer> {
         let mut writer = self.tar.into_inner()?;
         writer.flush()?;
-        Ok(Layer { path: self.path, digest: hex(writer.hash), size: writer.size })
+        Ok(Layer {
+            path: self.path,
+            digest: hex(writer.hash),
+            size: writer.size,
+        })
     }
 }
 
@@ -84,7 +102,11 @@ impl Archive {
     pub(super) fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("can't make {}", path.display()))?;
         let tar = Builder::new(BufWriter::with_capacity(1 << 20, file));
-        Ok(Self { tar, manifests: Vec::new(), blobs: BTreeSet::new() })
+        Ok(Self {
+            tar,
+            manifests: Vec::new(),
+            blobs: BTreeSet::new(),
+        })
     }
 
     /// Adds an image; a layer shared with an earlier one is stored once.
@@ -94,11 +116,15 @@ impl Archive {
             if self.blobs.insert(layer.digest.clone()) {
                 let mut header = header(EntryType::Regular, layer.size, 0o644);
                 let blob = format!("blobs/sha256/{}", layer.digest);
-                self.tar.append_data(&mut header, blob, File::open(&layer.path)?)?;
+                self.tar
+                    .append_data(&mut header, blob, File::open(&layer.path)?)?;
             }
             described.push(descriptor("layer.v1.tar", &layer.digest, layer.size));
         }
-        let diff_ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", layer.digest)).collect();
+        let diff_ids: Vec<String> = layers
+            .iter()
+            .map(|layer| format!("sha256:{}", layer.digest))
+            .collect();
         let configuration = json!({
             "architecture": architecture(),
             "os": "linux",
@@ -176,7 +202,10 @@ fn architecture() -> &'static str {
 }
 
 fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// Hashes and counts what goes through to `inner`.

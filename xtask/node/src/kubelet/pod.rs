@@ -50,7 +50,10 @@ impl Pod {
     /// # Errors
     /// If there is none.
     pub fn container(&self, name: &str) -> Result<&Container> {
-        let found = self.containers.iter().find(|container| container.name == name);
+        let found = self
+            .containers
+            .iter()
+            .find(|container| container.name == name);
         found.with_context(|| format!("pod {} has no container {name}", self.spec.name))
     }
 
@@ -72,7 +75,11 @@ impl Pod {
 
     /// The directory, inside the sandbox, of the pod's cgroup.
     pub fn cgroup(&self) -> PathBuf {
-        let parent = self.config.linux.as_ref().map_or("", |linux| &linux.cgroup_parent);
+        let parent = self
+            .config
+            .linux
+            .as_ref()
+            .map_or("", |linux| &linux.cgroup_parent);
         PathBuf::from(format!("/sys/fs/cgroup{parent}"))
     }
 
@@ -83,9 +90,19 @@ impl Pod {
 
     /// What a container has written so far, in the CRI's log format; empty if it wrote nothing.
     pub fn log(&self, container: &str) -> String {
-        let mut files: Vec<_> = self.logs.join(container).read_dir().into_iter().flatten().flatten().collect();
+        let mut files: Vec<_> = self
+            .logs
+            .join(container)
+            .read_dir()
+            .into_iter()
+            .flatten()
+            .flatten()
+            .collect();
         files.sort_by_key(fs::DirEntry::file_name);
-        files.iter().filter_map(|file| fs::read_to_string(file.path()).ok()).collect()
+        files
+            .iter()
+            .filter_map(|file| fs::read_to_string(file.path()).ok())
+            .collect()
     }
 
     fn address(&self, port: u16, family: fn(&IpAddr) -> bool, local: IpAddr) -> Result<SocketAddr> {

@@ -99,10 +99,17 @@ impl PodSpec {
                 attempt: 0,
             }),
             // A host-network pod has the node's name.
-            hostname: if self.host_network { String::new() } else { self.name.clone() },
+            hostname: if self.host_network {
+                String::new()
+            } else {
+                self.name.clone()
+            },
             log_directory: logs.display().to_string(),
             // Without this the runtime copies the machine's resolv.conf, which may lie in /run.
-            dns_config: Some(cri::DnsConfig { servers: vec!["127.0.0.1".into()], ..Default::default() }),
+            dns_config: Some(cri::DnsConfig {
+                servers: vec!["127.0.0.1".into()],
+                ..Default::default()
+            }),
             labels,
             annotations: self.annotations.clone(),
             linux: Some(cri::LinuxPodSandboxConfig {
@@ -118,7 +125,11 @@ impl PodSpec {
     }
 
     fn namespaces(&self) -> cri::NamespaceOption {
-        let network = if self.host_network { cri::NamespaceMode::Node } else { cri::NamespaceMode::Pod };
+        let network = if self.host_network {
+            cri::NamespaceMode::Node
+        } else {
+            cri::NamespaceMode::Pod
+        };
         cri::NamespaceOption {
             network: network.into(),
             pid: cri::NamespaceMode::Container.into(),
@@ -218,21 +229,36 @@ impl ContainerSpec {
         let mut labels = pod.identity();
         labels.extend(owned(&[("io.kubernetes.container.name", &self.name)]));
         let mut annotations = owned(&[
-            ("io.kubernetes.pod.terminationGracePeriod", &seconds(pod.grace).to_string()),
+            (
+                "io.kubernetes.pod.terminationGracePeriod",
+                &seconds(pod.grace).to_string(),
+            ),
             ("io.kubernetes.container.restartCount", &attempt.to_string()),
         ]);
         if let Some(hook) = &self.pre_stop {
-            annotations.insert("io.kubernetes.container.preStopHandler".into(), hook.to_json());
+            annotations.insert(
+                "io.kubernetes.container.preStopHandler".into(),
+                hook.to_json(),
+            );
         }
         let mounts = self.mounts.iter().map(|(from, to)| cri::Mount {
             container_path: to.clone(),
             host_path: from.display().to_string(),
             ..Default::default()
         });
-        let envs = self.env.iter().map(|(key, value)| cri::KeyValue { key: key.clone(), value: value.clone() });
+        let envs = self.env.iter().map(|(key, value)| cri::KeyValue {
+            key: key.clone(),
+            value: value.clone(),
+        });
         cri::ContainerConfig {
-            metadata: Some(cri::ContainerMetadata { name: self.name.clone(), attempt }),
-            image: Some(cri::ImageSpec { image: self.image.clone(), ..Default::default() }),
+            metadata: Some(cri::ContainerMetadata {
+                name: self.name.clone(),
+                attempt,
+            }),
+            image: Some(cri::ImageSpec {
+                image: self.image.clone(),
+                ..Default::default()
+            }),
             args: self.args.clone(),
             envs: envs.collect(),
             mounts: mounts.collect(),

@@ -29,7 +29,10 @@ pub struct Stop {
 impl Stop {
     /// The first thing that failed, if anything did.
     pub fn error(&self) -> Option<&anyhow::Error> {
-        let containers = self.containers.iter().filter_map(|container| container.result.as_ref().err());
+        let containers = self
+            .containers
+            .iter()
+            .filter_map(|container| container.result.as_ref().err());
         containers.chain(self.sandbox.as_ref().err()).next()
     }
 }
@@ -63,19 +66,35 @@ impl Kubelet {
             containers.extend(stopped);
         }
         let sandbox = self.stop_sandbox(pod).await;
-        Stop { containers, sandbox, took: started.elapsed() }
+        Stop {
+            containers,
+            sandbox,
+            took: started.elapsed(),
+        }
     }
 
     /// StopContainer alone, with the deadline that a kubelet gives it. Tells how long it took.
     ///
     /// # Errors
     /// What the runtime says, other than that it does not know the container.
-    pub async fn stop_container(&self, container: &Container, timeout: Duration) -> Result<Duration> {
+    pub async fn stop_container(
+        &self,
+        container: &Container,
+        timeout: Duration,
+    ) -> Result<Duration> {
         let started = Instant::now();
-        let request =
-            cri::StopContainerRequest { container_id: container.id.clone(), timeout: seconds(timeout) };
-        match self.runtime().stop_container(within(REQUEST_TIMEOUT + timeout, request)).await {
-            Err(status) if status.code() != tonic::Code::NotFound => Err(refused("StopContainer")(status)),
+        let request = cri::StopContainerRequest {
+            container_id: container.id.clone(),
+            timeout: seconds(timeout),
+        };
+        match self
+            .runtime()
+            .stop_container(within(REQUEST_TIMEOUT + timeout, request))
+            .await
+        {
+            Err(status) if status.code() != tonic::Code::NotFound => {
+                Err(refused("StopContainer")(status))
+            }
             _ => Ok(started.elapsed()),
         }
     }
@@ -86,8 +105,13 @@ impl Kubelet {
     /// What the runtime says.
     pub async fn stop_sandbox(&self, pod: &Pod) -> Result<Duration> {
         let started = Instant::now();
-        let request = cri::StopPodSandboxRequest { pod_sandbox_id: pod.sandbox_id.clone() };
-        let reply = self.runtime().stop_pod_sandbox(within(REQUEST_TIMEOUT, request)).await;
+        let request = cri::StopPodSandboxRequest {
+            pod_sandbox_id: pod.sandbox_id.clone(),
+        };
+        let reply = self
+            .runtime()
+            .stop_pod_sandbox(within(REQUEST_TIMEOUT, request))
+            .await;
         reply.map_err(refused("StopPodSandbox"))?;
         Ok(started.elapsed())
     }
@@ -98,21 +122,42 @@ impl Kubelet {
     /// What the runtime says.
     pub async fn remove(&self, pod: &Pod) -> Result<()> {
         for container in &pod.containers {
-            let request = cri::RemoveContainerRequest { container_id: container.id.clone() };
-            let reply = self.runtime().remove_container(within(REQUEST_TIMEOUT, request)).await;
+            let request = cri::RemoveContainerRequest {
+                container_id: container.id.clone(),
+            };
+            let reply = self
+                .runtime()
+                .remove_container(within(REQUEST_TIMEOUT, request))
+                .await;
             reply.map_err(refused("RemoveContainer"))?;
         }
-        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod.sandbox_id.clone() };
-        let reply = self.runtime().remove_pod_sandbox(within(REQUEST_TIMEOUT, request)).await;
+        let request = cri::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.sandbox_id.clone(),
+        };
+        let reply = self
+            .runtime()
+            .remove_pod_sandbox(within(REQUEST_TIMEOUT, request))
+            .await;
         reply.map_err(refused("RemovePodSandbox"))?;
         // The pod's own cgroup is the kubelet's to remove. It may be gone, or busy for a moment.
         let _ = fs::remove_dir(pod.cgroup());
         Ok(())
     }
 
-    async fn kill_container(&self, pod: &Pod, container: &Container, grace: Duration) -> StoppedContainer {
-        let spec = pod.spec.containers.iter().find(|spec| spec.name == container.name);
-        let hook = spec.and_then(|spec| spec.pre_stop.as_ref()).filter(|_| !grace.is_zero());
+    async fn kill_container(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        grace: Duration,
+    ) -> StoppedContainer {
+        let spec = pod
+            .spec
+            .containers
+            .iter()
+            .find(|spec| spec.name == container.name);
+        let hook = spec
+            .and_then(|spec| spec.pre_stop.as_ref())
+            .filter(|_| !grace.is_zero());
         let mut left = grace;
         let mut pre_stop = None;
         if let Some(hook) = hook {
@@ -131,16 +176,28 @@ impl Kubelet {
         }
         let left = left.max(FLOOR);
         let result = self.stop_container(container, left).await;
-        StoppedContainer { name: container.name.clone(), pre_stop, timeout: left, result }
+        StoppedContainer {
+            name: container.name.clone(),
+            pre_stop,
+            timeout: left,
+            result,
+        }
     }
 
-    async fn run_hook(&self, pod: &Pod, container: &Container, hook: &PreStop, grace: Duration) -> Result<()> {
+    async fn run_hook(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        hook: &PreStop,
+        grace: Duration,
+    ) -> Result<()> {
         match hook {
             PreStop::HttpGet { port, path } => {
                 // Without `host` in the hook the kubelet takes the pod's address, and a host-network
                 // pod has none.
                 let ip = pod.ips.first();
-                let ip = ip.ok_or_else(|| anyhow::anyhow!("failed to find networking container"))?;
+                let ip =
+                    ip.ok_or_else(|| anyhow::anyhow!("failed to find networking container"))?;
                 let address = SocketAddr::new(*ip, *port);
                 http::get(address, path).await?;
             }

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
 
 use super::Place;
 
@@ -14,8 +16,11 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// Arranges the namespaces that the calling process has just made.
 pub(super) fn arrange(place: &Place) -> Result<()> {
     // First of all: without this, what is unmounted here would be unmounted on the machine.
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .context("can't make mounts private")?;
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .context("can't make mounts private")?;
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_over("proc", "/proc", "proc", plain, "")?;
 
@@ -24,14 +29,26 @@ pub(super) fn arrange(place: &Place) -> Result<()> {
     mount_over("cgroup2", CGROUPS, "cgroup2", plain, "")?;
     enter_cgroup(place)?;
 
-    mount_over("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=755")?;
+    mount_over(
+        "tmpfs",
+        "/run",
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        "mode=755",
+    )?;
     // containerd's network library keeps state in /var/lib/cni, whatever it is configured to do.
     let upper = "/run/ebb-node/var-lib";
     let work = "/run/ebb-node/var-lib-work";
     fs::create_dir_all(upper)?;
     fs::create_dir_all(work)?;
     let options = format!("lowerdir=/var/lib,upperdir={upper},workdir={work}");
-    mount_over("overlay", "/var/lib", "overlay", MountFlags::empty(), &options)?;
+    mount_over(
+        "overlay",
+        "/var/lib",
+        "overlay",
+        MountFlags::empty(),
+        &options,
+    )?;
     // Whatever an agent pins vanishes with the namespace. Kernels without bpffs have none to protect.
     if Path::new("/sys/fs/bpf").is_dir() {
         let _ = mount_over("bpf", "/sys/fs/bpf", "bpf", plain, "");
@@ -58,12 +75,19 @@ fn enter_cgroup(place: &Place) -> Result<()> {
         .with_context(|| format!("can't move into {}", system.display()))
 }
 
-fn mount_over(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<()> {
+fn mount_over(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: MountFlags,
+    options: &str,
+) -> Result<()> {
     let options = CString::new(options)?;
     mount(source, target, kind, flags, options.as_c_str())
         .with_context(|| format!("can't mount {kind} on {target}"))
 }
 
 fn sysctl(name: &str, value: &str) -> Result<()> {
-    fs::write(format!("/proc/sys/{name}"), value).with_context(|| format!("can't set {name}={value}"))
+    fs::write(format!("/proc/sys/{name}"), value)
+        .with_context(|| format!("can't set {name}={value}"))
 }

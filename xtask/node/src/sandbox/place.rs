@@ -66,7 +66,10 @@ impl fmt::Display for Refusal {
                 "can't make namespaces ({error}): run on a machine or in a privileged container"
             ),
             Self::Threads(threads) => {
-                write!(f, "a sandbox must be entered with one thread, there are {threads}")
+                write!(
+                    f,
+                    "a sandbox must be entered with one thread, there are {threads}"
+                )
             }
             Self::State(path, error) => write!(f, "can't make {}: {error}", path.display()),
             Self::Layout(error) => write!(f, "can't arrange the node: {error:#}"),
@@ -107,12 +110,15 @@ impl Place {
     /// Makes the directory and locks it. The lock is the sign of life that [`sweep`] looks for; it
     /// is inherited by the forks and given up by the kernel with the last of them.
     pub(super) fn create() -> Result<(Self, Lock), Refusal> {
-        let place = Self { name: format!("{PREFIX}{}", process::id()) };
+        let place = Self {
+            name: format!("{PREFIX}{}", process::id()),
+        };
         let directory = place.directory();
         let failed = |error: io::Error| Refusal::State(directory.clone(), error);
         fs::create_dir_all(&directory).map_err(failed)?;
         let lock = File::open(&directory).map_err(failed)?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| failed(error.into()))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| failed(error.into()))?;
         Ok((place, lock))
     }
 
@@ -153,9 +159,17 @@ impl Place {
 /// Removes what dead runs left behind: a run that was killed can't clean up.
 pub(super) fn sweep() {
     let roots = [Some(PathBuf::from(STATE)), cgroup2_mount()];
-    for entry in roots.iter().flatten().filter_map(|root| root.read_dir().ok()).flatten().flatten() {
+    for entry in roots
+        .iter()
+        .flatten()
+        .filter_map(|root| root.read_dir().ok())
+        .flatten()
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let is_run = name.strip_prefix(PREFIX).is_some_and(|pid| pid.parse::<u32>().is_ok());
+        let is_run = name
+            .strip_prefix(PREFIX)
+            .is_some_and(|pid| pid.parse::<u32>().is_ok());
         if is_run && !is_alive(&name) {
             Place { name }.remove();
         }
@@ -178,14 +192,26 @@ pub fn left_behind(outer: u32) -> Vec<String> {
     let mut found = Vec::new();
     let directory = Path::new(STATE).join(&name);
     let cgroup = cgroup2_mount().map(|root| root.join(&name));
-    for path in [Some(directory), cgroup].into_iter().flatten().filter(|path| path.exists()) {
+    for path in [Some(directory), cgroup]
+        .into_iter()
+        .flatten()
+        .filter(|path| path.exists())
+    {
         found.push(path.display().to_string());
     }
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    found.extend(mounts.lines().filter(|line| line.contains(&name)).map(|line| format!("mount {line}")));
+    found.extend(
+        mounts
+            .lines()
+            .filter(|line| line.contains(&name))
+            .map(|line| format!("mount {line}")),
+    );
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let cgroups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
-        if cgroups.lines().any(|line| line.split('/').any(|part| part == name)) {
+        if cgroups
+            .lines()
+            .any(|line| line.split('/').any(|part| part == name))
+        {
             found.push(format!("process {}", entry.file_name().to_string_lossy()));
         }
     }
@@ -207,12 +233,17 @@ fn cgroup2_mount() -> Option<PathBuf> {
 /// reaped; one that still has processes belongs to somebody and stays.
 fn remove_cgroup(path: &Path) {
     let Ok(entries) = path.read_dir() else { return };
-    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+    for entry in entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+    {
         remove_cgroup(&entry.path());
     }
     for _ in 0..100 {
         match fs::remove_dir(path) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => sleep(Duration::from_millis(20)),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                sleep(Duration::from_millis(20))
+            }
             _ => return,
         }
     }

@@ -136,7 +136,7 @@ impl Kubelet {
             config: Some(config.clone()),
             runtime_handler: String::new(),
         };
-        // generous: the kubelet doubles its timeout for this call (RunPodSandbox in instrumented client)
+        // The kubelet doubles its timeout for this one call (remote_runtime.go, RunPodSandbox).
         let reply = self
             .runtime()
             .run_pod_sandbox(within(REQUEST_TIMEOUT * 2, request))

@@ -1,0 +1,291 @@
+//! What a pod shall be.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use k8s_cri::v1 as cri;
+
+use super::{owned, seconds};
+use crate::image;
+
+/// A pod, as far as a node has to know it.
+#[derive(Debug, Clone)]
+pub struct PodSpec {
+    /// The pod's name.
+    pub name: String,
+    /// Its namespace; `default` unless set.
+    pub namespace: String,
+    /// Its UID; a random one unless set.
+    pub uid: String,
+    /// Its own labels.
+    pub labels: HashMap<String, String>,
+    /// Its annotations. The sandbox carries all of them.
+    pub annotations: HashMap<String, String>,
+    /// Whether it shares the node's network namespace.
+    pub host_network: bool,
+    /// terminationGracePeriodSeconds; 30 s unless set.
+    pub grace: Duration,
+    /// Its containers, in the order they are started in.
+    pub containers: Vec<ContainerSpec>,
+}
+
+impl PodSpec {
+    /// A pod without containers.
+    pub fn new(name: &str) -> Self {
+        let uid = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
+        Self {
+            name: name.into(),
+            namespace: "default".into(),
+            uid: uid.trim().into(),
+            labels: HashMap::new(),
+            annotations: HashMap::new(),
+            host_network: false,
+            grace: Duration::from_secs(30),
+            containers: Vec::new(),
+        }
+    }
+
+    /// Adds a container.
+    #[must_use]
+    pub fn container(mut self, container: ContainerSpec) -> Self {
+        self.containers.push(container);
+        self
+    }
+
+    /// Adds an annotation.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.into(), value.into());
+        self
+    }
+
+    /// Adds a label.
+    #[must_use]
+    pub fn label(mut self, key: &str, value: &str) -> Self {
+        self.labels.insert(key.into(), value.into());
+        self
+    }
+
+    /// Lets the pod share the node's network namespace.
+    #[must_use]
+    pub fn host_network(mut self) -> Self {
+        self.host_network = true;
+        self
+    }
+
+    /// Sets the grace period.
+    #[must_use]
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// The cgroup of the pod, as the runtime wants it.
+    pub(super) fn cgroup_parent(&self, kubepods: &str) -> String {
+        format!("{kubepods}/pod{}", self.uid)
+    }
+
+    /// (generatePodSandboxConfig)
+    pub(super) fn sandbox_config(&self, kubepods: &str, logs: &Path) -> cri::PodSandboxConfig {
+        let mut labels = self.labels.clone();
+        labels.extend(self.identity());
+        cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: self.name.clone(),
+                uid: self.uid.clone(),
+                namespace: self.namespace.clone(),
+                attempt: 0,
+            }),
+            // A host-network pod has the node's name.
+            hostname: if self.host_network {
+                String::new()
+            } else {
+                self.name.clone()
+            },
+            log_directory: logs.display().to_string(),
+            // Without this the runtime copies the machine's resolv.conf, which may lie in /run.
+            dns_config: Some(cri::DnsConfig {
+                servers: vec!["127.0.0.1".into()],
+                ..Default::default()
+            }),
+            labels,
+            annotations: self.annotations.clone(),
+            linux: Some(cri::LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup_parent(kubepods),
+                security_context: Some(cri::LinuxSandboxSecurityContext {
+                    namespace_options: Some(self.namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn namespaces(&self) -> cri::NamespaceOption {
+        let network = if self.host_network {
+            cri::NamespaceMode::Node
+        } else {
+            cri::NamespaceMode::Pod
+        };
+        cri::NamespaceOption {
+            network: network.into(),
+            pid: cri::NamespaceMode::Container.into(),
+            ..Default::default()
+        }
+    }
+
+    fn identity(&self) -> HashMap<String, String> {
+        owned(&[
+            ("io.kubernetes.pod.name", &self.name),
+            ("io.kubernetes.pod.namespace", &self.namespace),
+            ("io.kubernetes.pod.uid", &self.uid),
+        ])
+    }
+}
+
+/// What a kubelet does before it stops a container.
+#[derive(Debug, Clone)]
+pub enum PreStop {
+    /// GETs this path from this port of the pod.
+    HttpGet {
+        /// The pod's port.
+        port: u16,
+        /// The path.
+        path: String,
+    },
+    /// Runs a command in the container.
+    Exec(Vec<String>),
+}
+
+/// A container of a pod.
+#[derive(Debug, Clone)]
+pub struct ContainerSpec {
+    /// Its name within the pod.
+    pub name: String,
+    /// Its image.
+    pub image: String,
+    /// Arguments that replace the image's own; none keep them.
+    pub args: Vec<String>,
+    /// Environment.
+    pub env: Vec<(String, String)>,
+    /// Files or directories of the node, and where the container finds them.
+    pub mounts: Vec<(PathBuf, String)>,
+    /// preStop hook.
+    pub pre_stop: Option<PreStop>,
+}
+
+impl ContainerSpec {
+    /// A container of any image.
+    pub fn new(name: &str, image: &str) -> Self {
+        Self {
+            name: name.into(),
+            image: image.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            mounts: Vec::new(),
+            pre_stop: None,
+        }
+    }
+
+    /// A container that runs nginx ([`image::NGINX`]).
+    pub fn nginx(name: &str) -> Self {
+        Self::new(name, image::NGINX)
+    }
+
+    /// A container that runs one of the programs of [`crate::fixture`], for instance
+    /// `["serve", "--port", "8080"]`.
+    pub fn fixture(name: &str, args: &[&str]) -> Self {
+        let mut spec = Self::new(name, image::FIXTURE);
+        spec.args = args.iter().map(ToString::to_string).collect();
+        spec
+    }
+
+    /// Mounts a file or directory of the node.
+    #[must_use]
+    pub fn mount(mut self, from: impl Into<PathBuf>, to: &str) -> Self {
+        self.mounts.push((from.into(), to.into()));
+        self
+    }
+
+    /// Sets an environment variable.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// Sets the preStop hook.
+    #[must_use]
+    pub fn pre_stop(mut self, hook: PreStop) -> Self {
+        self.pre_stop = Some(hook);
+        self
+    }
+
+    /// (generateContainerConfig)
+    pub(super) fn config(&self, pod: &PodSpec, attempt: u32) -> cri::ContainerConfig {
+        let mut labels = pod.identity();
+        labels.extend(owned(&[("io.kubernetes.container.name", &self.name)]));
+        let mut annotations = owned(&[
+            (
+                "io.kubernetes.pod.terminationGracePeriod",
+                &seconds(pod.grace).to_string(),
+            ),
+            ("io.kubernetes.container.restartCount", &attempt.to_string()),
+        ]);
+        if let Some(hook) = &self.pre_stop {
+            annotations.insert(
+                "io.kubernetes.container.preStopHandler".into(),
+                hook.to_json(),
+            );
+        }
+        let mounts = self.mounts.iter().map(|(from, to)| cri::Mount {
+            container_path: to.clone(),
+            host_path: from.display().to_string(),
+            ..Default::default()
+        });
+        let envs = self.env.iter().map(|(key, value)| cri::KeyValue {
+            key: key.clone(),
+            value: value.clone(),
+        });
+        cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata {
+                name: self.name.clone(),
+                attempt,
+            }),
+            image: Some(cri::ImageSpec {
+                image: self.image.clone(),
+                ..Default::default()
+            }),
+            args: self.args.clone(),
+            envs: envs.collect(),
+            mounts: mounts.collect(),
+            labels,
+            annotations,
+            log_path: format!("{}/{attempt}.log", self.name),
+            linux: Some(cri::LinuxContainerConfig {
+                security_context: Some(cri::LinuxContainerSecurityContext {
+                    namespace_options: Some(pod.namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+impl PreStop {
+    /// The handler as Kubernetes writes it into the container's annotation.
+    fn to_json(&self) -> String {
+        match self {
+            Self::HttpGet { port, path } => {
+                serde_json::json!({ "httpGet": { "path": path, "port": port, "scheme": "HTTP" } })
+            }
+            Self::Exec(command) => serde_json::json!({ "exec": { "command": command } }),
+        }
+        .to_string()
+    }
+}

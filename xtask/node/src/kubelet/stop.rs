@@ -1,0 +1,214 @@
+//! How a kubelet ends a pod (killPodWithSyncResult, killContainer).
+
+use std::fs;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use k8s_cri::v1 as cri;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::{Container, Kubelet, Pod, PreStop, REQUEST_TIMEOUT, refused, seconds, within};
+use crate::http;
+
+/// The least that a container is given (minimumGracePeriodInSeconds).
+const FLOOR: Duration = Duration::from_secs(2);
+
+/// How stopping a pod went.
+#[derive(Debug)]
+pub struct Stop {
+    /// Its containers, in the order in which they stopped.
+    pub containers: Vec<StoppedContainer>,
+    /// How long StopPodSandbox took, or why it failed.
+    pub sandbox: Result<Duration>,
+    /// How long all of it took.
+    pub took: Duration,
+}
+
+impl Stop {
+    /// The first thing that failed, if anything did.
+    pub fn error(&self) -> Option<&anyhow::Error> {
+        let containers = self
+            .containers
+            .iter()
+            .filter_map(|container| container.result.as_ref().err());
+        containers.chain(self.sandbox.as_ref().err()).next()
+    }
+}
+
+/// How stopping a container went.
+#[derive(Debug)]
+pub struct StoppedContainer {
+    /// The container's name.
+    pub name: String,
+    /// How long its preStop hook took, if it has one; why it failed, if it did.
+    pub pre_stop: Option<(Duration, Result<()>)>,
+    /// The timeout that StopContainer was called with: what was left of the grace period.
+    pub timeout: Duration,
+    /// How long StopContainer took, or why it failed.
+    pub result: Result<Duration>,
+}
+
+impl Kubelet {
+    /// Ends a pod: all containers at once, each with its preStop hook and then StopContainer, then the
+    /// sandbox, even when a container could not be stopped, as the kubelet does. The pod's resources
+    /// stay until [`Self::remove`].
+    pub async fn stop(&self, pod: &Pod, grace: Duration) -> Stop {
+        let started = Instant::now();
+        let mut stopping = JoinSet::new();
+        for container in &pod.containers {
+            let (kubelet, pod, container) = (self.clone(), pod.clone(), container.clone());
+            stopping.spawn(async move { kubelet.kill_container(&pod, &container, grace).await });
+        }
+        let mut containers = Vec::new();
+        while let Some(stopped) = stopping.join_next().await {
+            containers.extend(stopped);
+        }
+        let sandbox = self.stop_sandbox(pod).await;
+        Stop {
+            containers,
+            sandbox,
+            took: started.elapsed(),
+        }
+    }
+
+    /// StopContainer alone, with the deadline that a kubelet gives it. Tells how long it took.
+    ///
+    /// # Errors
+    /// What the runtime says, other than that it does not know the container.
+    pub async fn stop_container(
+        &self,
+        container: &Container,
+        timeout: Duration,
+    ) -> Result<Duration> {
+        let started = Instant::now();
+        let request = cri::StopContainerRequest {
+            container_id: container.id.clone(),
+            timeout: seconds(timeout),
+        };
+        match self
+            .runtime()
+            .stop_container(within(REQUEST_TIMEOUT + timeout, request))
+            .await
+        {
+            Err(status) if status.code() != tonic::Code::NotFound => {
+                Err(refused("StopContainer")(status))
+            }
+            _ => Ok(started.elapsed()),
+        }
+    }
+
+    /// StopPodSandbox alone. Tells how long it took.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub async fn stop_sandbox(&self, pod: &Pod) -> Result<Duration> {
+        let started = Instant::now();
+        let request = cri::StopPodSandboxRequest {
+            pod_sandbox_id: pod.sandbox_id.clone(),
+        };
+        let reply = self
+            .runtime()
+            .stop_pod_sandbox(within(REQUEST_TIMEOUT, request))
+            .await;
+        reply.map_err(refused("StopPodSandbox"))?;
+        Ok(started.elapsed())
+    }
+
+    /// Removes a pod's containers, sandbox and cgroup.
+    ///
+    /// # Errors
+    /// What the runtime says.
+    pub async fn remove(&self, pod: &Pod) -> Result<()> {
+        for container in &pod.containers {
+            let request = cri::RemoveContainerRequest {
+                container_id: container.id.clone(),
+            };
+            let reply = self
+                .runtime()
+                .remove_container(within(REQUEST_TIMEOUT, request))
+                .await;
+            reply.map_err(refused("RemoveContainer"))?;
+        }
+        let request = cri::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.sandbox_id.clone(),
+        };
+        let reply = self
+            .runtime()
+            .remove_pod_sandbox(within(REQUEST_TIMEOUT, request))
+            .await;
+        reply.map_err(refused("RemovePodSandbox"))?;
+        // The pod's own cgroup is the kubelet's to remove. It may be gone, or busy for a moment.
+        let _ = fs::remove_dir(pod.cgroup());
+        Ok(())
+    }
+
+    async fn kill_container(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        grace: Duration,
+    ) -> StoppedContainer {
+        let spec = pod
+            .spec
+            .containers
+            .iter()
+            .find(|spec| spec.name == container.name);
+        let hook = spec
+            .and_then(|spec| spec.pre_stop.as_ref())
+            .filter(|_| !grace.is_zero());
+        let mut left = grace;
+        let mut pre_stop = None;
+        if let Some(hook) = hook {
+            let started = Instant::now();
+            // The kubelet waits for the hook as long as the grace period; the hook itself runs on.
+            let (kubelet, pod, container, hook) =
+                (self.clone(), pod.clone(), container.clone(), hook.clone());
+            let run = async move { kubelet.run_hook(&pod, &container, &hook, grace).await };
+            let result = match timeout(grace, tokio::spawn(run)).await {
+                Ok(ended) => ended.map_err(Into::into).flatten(),
+                Err(_) => Err(anyhow::anyhow!("took longer than {grace:?}")),
+            };
+            // Whole seconds, as the kubelet counts them.
+            left = left.saturating_sub(Duration::from_secs(started.elapsed().as_secs()));
+            pre_stop = Some((started.elapsed(), result));
+        }
+        let left = left.max(FLOOR);
+        let result = self.stop_container(container, left).await;
+        StoppedContainer {
+            name: container.name.clone(),
+            pre_stop,
+            timeout: left,
+            result,
+        }
+    }
+
+    async fn run_hook(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        hook: &PreStop,
+        grace: Duration,
+    ) -> Result<()> {
+        match hook {
+            PreStop::HttpGet { port, path } => {
+                // Without `host` in the hook the kubelet takes the pod's address, and a host-network
+                // pod has none.
+                let ip = pod.ips.first();
+                let ip =
+                    ip.ok_or_else(|| anyhow::anyhow!("failed to find networking container"))?;
+                let address = SocketAddr::new(*ip, *port);
+                http::get(address, path).await?;
+            }
+            PreStop::Exec(command) => {
+                let command: Vec<&str> = command.iter().map(String::as_str).collect();
+                let output = self.exec(container, &command, grace).await?;
+                if output.status != 0 {
+                    anyhow::bail!("exited with {}", output.status);
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,98 @@
+//! A node that is ready for pods.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::containerd::Containerd;
+use crate::image;
+use crate::kubelet::Kubelet;
+use crate::parts::Parts;
+use crate::sandbox::{self, Place};
+
+/// A running node: containerd with the images of [`crate::image`] and a pod network.
+///
+/// One per sandbox. Dropping it kills containerd; pods end with the sandbox.
+#[derive(Debug)]
+pub struct Node {
+    place: &'static Place,
+    parts: Parts,
+    containerd: Containerd,
+}
+
+impl Node {
+    /// Starts containerd and makes and imports the images.
+    ///
+    /// # Errors
+    /// If parts are missing, this is not [`sandbox::inside`] or containerd does not start.
+    pub async fn start() -> Result<Self> {
+        let parts = Parts::find()?;
+        let place = sandbox::place()?;
+        let archive = place.directory().join("images.tar");
+        let build = {
+            let (parts, archive) = (parts.clone(), archive.clone());
+            tokio::task::spawn_blocking(move || image::build(&parts, &archive))
+        };
+        let containerd = Containerd::start(&parts, place).await?;
+        build.await?.context("can't make images")?;
+        containerd.import(&archive).await?;
+        fs::remove_file(&archive)?;
+        let node = Self {
+            place,
+            parts,
+            containerd,
+        };
+        let kubelet = node.kubelet()?;
+        for name in [image::PAUSE, image::NGINX, image::FIXTURE] {
+            kubelet.until_image(name).await?;
+        }
+        Ok(node)
+    }
+
+    /// The container runtime, to be stopped, killed and resumed.
+    pub fn containerd(&mut self) -> &mut Containerd {
+        &mut self.containerd
+    }
+
+    /// The runtime's CRI socket.
+    pub fn socket(&self) -> &Path {
+        self.containerd.socket()
+    }
+
+    /// A kubelet that talks straight to the runtime.
+    ///
+    /// # Errors
+    /// If this is not called inside the sandbox.
+    pub fn kubelet(&self) -> Result<Kubelet> {
+        Kubelet::new(self.socket())
+    }
+
+    /// A kubelet that talks to another CRI endpoint, such as a proxy.
+    ///
+    /// # Errors
+    /// As for [`Self::kubelet`].
+    pub fn kubelet_at(&self, endpoint: &Path) -> Result<Kubelet> {
+        Kubelet::new(endpoint)
+    }
+
+    /// The sandbox the node is in.
+    pub fn place(&self) -> &'static Place {
+        self.place
+    }
+
+    /// Where the runtime's programs are.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// A new directory for files that a pod mounts, removed with the node.
+    ///
+    /// # Errors
+    /// If it can't be made.
+    pub fn directory(&self, name: &str) -> Result<PathBuf> {
+        let path = self.place.directory().join("files").join(name);
+        fs::create_dir_all(&path).with_context(|| format!("can't make {}", path.display()))?;
+        Ok(path)
+    }
+}

@@ -11,7 +11,10 @@
 //! The CRI is the source for namespaces, cgroups and the annotations frozen in the sandbox; the API
 //! server, where there is one, for deletion. They are joined by pod UID.
 
+pub mod cgroup;
 pub mod cri;
+pub mod discover;
+pub mod info;
 #[cfg(test)]
 mod testing;
 

@@ -15,6 +15,8 @@ pub mod cgroup;
 pub mod cri;
 pub mod discover;
 pub mod info;
+pub mod service;
+pub mod table;
 #[cfg(test)]
 mod testing;
 

@@ -15,6 +15,7 @@ pub mod cgroup;
 pub mod cri;
 pub mod discover;
 pub mod info;
+pub mod kube;
 pub mod service;
 pub mod table;
 #[cfg(test)]

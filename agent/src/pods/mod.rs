@@ -18,6 +18,7 @@ pub mod info;
 pub mod kube;
 pub mod service;
 pub mod table;
+pub mod terminating;
 #[cfg(test)]
 mod testing;
 

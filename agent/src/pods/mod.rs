@@ -1,4 +1,26 @@
-//! Who owns a cgroup or a network namespace.
+//! Who owns a cgroup or a network namespace, and which pods are coming to their end.
+//!
+//! ```text
+//!  runtime ── cri ──► discover ──► table ◄── service (`Pods`): one refresh at a time, none unasked
+//!                      │    └─ cgroup    (host-network pods)
+//!                      └─ info           (pure: what a verbose status says)
+//!  API server ── kube: one metadata watch of this node's pods
+//!  stops seen at the CRI + kube ──► terminating (pure): the pod's end, or a restart?
+//! ```
+//!
+//! The CRI is the source for namespaces, cgroups and the annotations frozen in the sandbox; the API
+//! server, where there is one, for deletion. They are joined by pod UID.
+
+pub mod cgroup;
+pub mod cri;
+pub mod discover;
+pub mod info;
+pub mod kube;
+pub mod service;
+pub mod table;
+pub mod terminating;
+#[cfg(test)]
+mod testing;
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 

@@ -1,0 +1,272 @@
+//! The cgroups of a container: what tells the sockets of host-network pods apart.
+//!
+//! A container may make cgroups below its own (systemd in a container, CRI-O's `container`), and sockets
+//! made there carry the lower one's id: all of them count.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Component, Path, PathBuf},
+};
+
+use crate::ids::{CgroupId, ContainerId};
+
+/// Why a container's cgroups can't be told.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// No directory of its own under the cgroup v2 mount.
+    #[error(
+        "container {container} has no cgroup of its own under {}; host-network pods need cgroup v2",
+        root.display()
+    )]
+    NotFound {
+        /// The container.
+        container: ContainerId,
+        /// The cgroup v2 mount.
+        root: PathBuf,
+    },
+    /// It can't be read.
+    #[error("cannot read {}", path.display())]
+    Unreadable {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The ids of a container's cgroup and of all below it, under the cgroup v2 mounted at `root`.
+///
+/// `proc_cgroup` is the text of its first process's `/proc/PID/cgroup`, `cgroups_path` the OCI spec's.
+/// Blocking, like all file access.
+///
+/// # Errors
+/// [`CgroupError`]; never a cgroup that holds more than the container.
+pub fn container_cgroups(
+    root: &Path,
+    container: &ContainerId,
+    proc_cgroup: Option<&str>,
+    cgroups_path: Option<&str>,
+) -> Result<Vec<CgroupId>, CgroupError> {
+    // Where the process really is goes first. It does not help inside a cgroup namespace of the agent's
+    // own, where the path starts above the root.
+    let of_process = proc_cgroup
+        .and_then(unified_path)
+        .and_then(|p| own_directory(p, container));
+    let of_spec = cgroups_path.and_then(directory_of);
+    let dir = of_process
+        .into_iter()
+        .chain(of_spec)
+        .map(|relative| root.join(relative))
+        .find(|dir| dir.is_dir())
+        .ok_or_else(|| CgroupError::NotFound {
+            container: container.clone(),
+            root: root.into(),
+        })?;
+    let mut ids = vec![id(&dir)?];
+    descend(&dir, &mut ids)?;
+    Ok(ids)
+}
+
+/// The path of the unified hierarchy in a `/proc/PID/cgroup`: the line of hierarchy 0 without
+/// controllers (cgroups(7)).
+pub fn unified_path(text: &str) -> Option<&str> {
+    text.lines().find_map(|l| l.strip_prefix("0::"))
+}
+
+/// The container's own directory on the way to where its process is: up to the component that bears its
+/// id. Relative to the root. `None` if none does, or if the path leaves the root.
+fn own_directory(path: &str, container: &ContainerId) -> Option<PathBuf> {
+    let mut dir = PathBuf::new();
+    for component in Path::new(path).components() {
+        match component {
+            Component::RootDir | Component::CurDir => {}
+            Component::Normal(name) => {
+                dir.push(name);
+                if name
+                    .to_str()
+                    .is_some_and(|n| n.contains(container.as_str()))
+                {
+                    return Some(dir);
+                }
+            }
+            Component::ParentDir | Component::Prefix(_) => return None,
+        }
+    }
+    None
+}
+
+/// The directory of an OCI `cgroupsPath`, relative to the root. Two spellings: the cgroupfs driver's is a
+/// path; the systemd driver's is `slice:prefix:name`, where slice `a-b.slice` lives in `a.slice`
+/// (`ExpandSlice` and `getUnitName` in opencontainers/cgroups `systemd/common.go`).
+pub fn directory_of(cgroups_path: &str) -> Option<PathBuf> {
+    if let Some((slice, rest)) = cgroups_path.split_once(':') {
+        let (prefix, name) = rest.split_once(':')?;
+        let unit = match (prefix, name) {
+            (_, "") => return None,
+            (_, slice) if slice.ends_with(".slice") => slice.to_owned(),
+            ("", name) => format!("{name}.scope"),
+            (prefix, name) => format!("{prefix}-{name}.scope"),
+        };
+        let slice = if slice.is_empty() {
+            "system.slice"
+        } else {
+            slice
+        };
+        return Some(expand_slice(slice)?.join(unit));
+    }
+    let path = cgroups_path.trim_matches('/');
+    // The root, or something above it, is nobody's own.
+    let plain = Path::new(path)
+        .components()
+        .all(|c| matches!(c, Component::Normal(_)));
+    (!path.is_empty() && plain).then(|| path.into())
+}
+
+/// `a-b-c.slice` → `a.slice/a-b.slice/a-b-c.slice`; `-.slice` is the root.
+fn expand_slice(slice: &str) -> Option<PathBuf> {
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(PathBuf::new());
+    }
+    if name.is_empty() || name.contains('/') || name.split('-').any(str::is_empty) {
+        return None;
+    }
+    let ends = name.match_indices('-').map(|(i, _)| i).chain([name.len()]);
+    Some(ends.map(|end| format!("{}.slice", &name[..end])).collect())
+}
+
+fn descend(dir: &Path, ids: &mut Vec<CgroupId>) -> Result<(), CgroupError> {
+    let unreadable = |source| CgroupError::Unreadable {
+        path: dir.into(),
+        source,
+    };
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        if !entry.file_type().is_ok_and(|t| t.is_dir()) {
+            continue;
+        }
+        let below = entry.path();
+        let seen = id(&below).and_then(|id| {
+            ids.push(id);
+            descend(&below, ids)
+        });
+        match seen {
+            // Removed while we looked.
+            Err(CgroupError::Unreadable { source, .. })
+                if source.kind() == io::ErrorKind::NotFound => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+fn id(dir: &Path) -> Result<CgroupId, CgroupError> {
+    let meta = fs::metadata(dir).map_err(|source| CgroupError::Unreadable {
+        path: dir.into(),
+        source,
+    })?;
+    Ok(CgroupId(meta.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dir(path: &str) -> Option<String> {
+        directory_of(path).map(|p| p.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn the_cgroupfs_spelling_is_a_path() {
+        assert_eq!(
+            dir("/kubepods/burstable/podu1/c1").as_deref(),
+            Some("kubepods/burstable/podu1/c1")
+        );
+        for not_a_containers_own in ["", "/", "//", "/../x", "/a/../.."] {
+            assert_eq!(dir(not_a_containers_own), None, "{not_a_containers_own}");
+        }
+    }
+
+    #[test]
+    fn the_systemd_spelling_is_expanded() {
+        assert_eq!(
+            dir("kubepods-burstable-podab_12.slice:cri-containerd:c1").as_deref(),
+            Some(
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podab_12.slice/\
+                 cri-containerd-c1.scope"
+            )
+        );
+        assert_eq!(
+            dir("kubepods.slice:crio:c1").as_deref(),
+            Some("kubepods.slice/crio-c1.scope")
+        );
+        assert_eq!(
+            dir(":docker:c1").as_deref(),
+            Some("system.slice/docker-c1.scope")
+        );
+        assert_eq!(dir("-.slice::c1").as_deref(), Some("c1.scope"));
+        assert_eq!(dir("a.slice:x:y.slice").as_deref(), Some("a.slice/y.slice"));
+        for bad in [
+            "a.slice:crio",
+            "a.slice:crio:",
+            "a:crio:c",
+            "a--b.slice:crio:c",
+            ".slice:x:y",
+        ] {
+            assert_eq!(dir(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_processs_path_is_cut_at_the_container() {
+        let c1 = ContainerId::new("c1ff");
+        let cut = |p| own_directory(p, &c1).map(|p| p.to_str().unwrap().to_owned());
+        assert_eq!(unified_path("1:name=systemd:/x\n0::/a/b\n"), Some("/a/b"));
+        assert_eq!(unified_path("4:memory:/x\n"), None);
+        assert_eq!(
+            cut("/kubepods/podu1/c1ff").as_deref(),
+            Some("kubepods/podu1/c1ff")
+        );
+        assert_eq!(
+            cut("/a.slice/crio-c1ff.scope/container/init").as_deref(),
+            Some("a.slice/crio-c1ff.scope")
+        );
+        assert_eq!(cut("/"), None);
+        assert_eq!(cut("/kubepods/another"), None);
+        assert_eq!(cut("/../../kubepods/podu1/c1ff"), None);
+    }
+
+    #[test]
+    fn all_cgroups_below_count_and_none_beside() {
+        let root = tempfile::tempdir().unwrap();
+        let own = root.path().join("kubepods/podu1/c1ff");
+        fs::create_dir_all(own.join("init/deep")).unwrap();
+        fs::create_dir_all(root.path().join("kubepods/podu1/other")).unwrap();
+        fs::write(own.join("cgroup.procs"), "").unwrap();
+        let c1 = ContainerId::new("c1ff");
+        let inode = |p: &Path| CgroupId(fs::metadata(p).unwrap().ino());
+        let mut expected = vec![
+            inode(&own),
+            inode(&own.join("init")),
+            inode(&own.join("init/deep")),
+        ];
+        expected.sort();
+
+        // From the process's path, and from the spec's where that leads nowhere.
+        for (process, spec) in [
+            (Some("0::/kubepods/podu1/c1ff/init\n"), None),
+            (
+                Some("0::/../kubepods/podu1/c1ff\n"),
+                Some("/kubepods/podu1/c1ff"),
+            ),
+            (None, Some("/kubepods/podu1/c1ff")),
+        ] {
+            let mut ids = container_cgroups(root.path(), &c1, process, spec).unwrap();
+            ids.sort();
+            assert_eq!(ids, expected);
+        }
+        let e = container_cgroups(root.path(), &c1, Some("0::/\n"), Some("/")).unwrap_err();
+        assert!(matches!(e, CgroupError::NotFound { .. }));
+    }
+}

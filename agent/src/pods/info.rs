@@ -1,0 +1,303 @@
+//! What a runtime's verbose status says about a sandbox or a container. Pure.
+//!
+//! The CRI leaves `info` to the runtime. containerd and CRI-O both put one JSON document under the key
+//! `info`, and the fields used here have the same names in both: `SandboxInfo` and `ContainerInfo` in
+//! containerd's `pkg/cri/server/{sandbox,container}_status.go`; `createSandboxInfo` and
+//! `createContainerInfo` in CRI-O's `server/{sandbox,container}_status.go`.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use k8s_cri::v1::{NamespaceMode, PodSandboxStatusResponse};
+use serde::Deserialize;
+
+/// A verbose status that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum InfoError {
+    /// There is no document.
+    #[error("the runtime's verbose status holds no `info`")]
+    Absent,
+    /// It is of another shape than known.
+    #[error("the runtime's verbose status is not understood")]
+    Shape(#[from] serde_json::Error),
+}
+
+/// The part of a verbose status that ebb uses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Info {
+    /// The first process, in the node's PID namespace. Absent if there is none.
+    pub pid: Option<u32>,
+    /// The runtime class's shim, such as `io.containerd.runc.v2`; CRI-O does not say.
+    pub runtime_type: String,
+    /// Whether the OCI spec asks for a network namespace; `None` if it says nothing about namespaces.
+    pub own_network: Option<bool>,
+    /// `linux.cgroupsPath` of the OCI spec, in the cgroup driver's spelling.
+    pub cgroups_path: Option<String>,
+}
+
+/// What a sandbox's status says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SandboxFacts {
+    /// A process in the sandbox. CRI-O drops the infra container where it can, and then there is none.
+    pub pid: Option<u32>,
+    /// It shares the node's network namespace.
+    pub host_network: bool,
+    /// Why its sockets can't be seen from the host, if so.
+    pub hidden: Option<String>,
+    /// Its addresses, the primary one first. None for host-network pods.
+    pub ips: Vec<IpAddr>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawInfo {
+    pid: Option<i64>,
+    runtime_type: Option<String>,
+    runtime_spec: Option<RawSpec>,
+}
+
+#[derive(Deserialize)]
+struct RawSpec {
+    linux: Option<RawLinux>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawLinux {
+    namespaces: Option<Vec<RawNamespace>>,
+    cgroups_path: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawNamespace {
+    r#type: String,
+}
+
+/// Reads the `info` map of a verbose status.
+///
+/// # Errors
+/// [`InfoError`] if there is no JSON document in it, or one of another shape.
+pub fn parse_info(info: &HashMap<String, String>) -> Result<Info, InfoError> {
+    let raw: RawInfo = serde_json::from_str(info.get("info").ok_or(InfoError::Absent)?)?;
+    let linux = raw.runtime_spec.and_then(|s| s.linux);
+    let (namespaces, cgroups_path) = linux.map_or((None, None), |l| (l.namespaces, l.cgroups_path));
+    Ok(Info {
+        // Zero, or less: not started yet, or gone.
+        pid: raw
+            .pid
+            .and_then(|p| u32::try_from(p).ok())
+            .filter(|&p| p != 0),
+        runtime_type: raw.runtime_type.unwrap_or_default(),
+        own_network: namespaces.map(|n| n.iter().any(|n| n.r#type == "network")),
+        cgroups_path: cgroups_path.filter(|p| !p.is_empty()),
+    })
+}
+
+/// Reads a sandbox's verbose status.
+///
+/// # Errors
+/// [`InfoError`], see [`parse_info`].
+pub fn sandbox_facts(answer: &PodSandboxStatusResponse) -> Result<SandboxFacts, InfoError> {
+    let info = parse_info(&answer.info)?;
+    let status = answer.status.as_ref();
+    let options = status
+        .and_then(|s| s.linux.as_ref())
+        .and_then(|l| l.namespaces.as_ref())
+        .and_then(|n| n.options.as_ref());
+    let host_network = match options {
+        Some(options) => options.network() == NamespaceMode::Node,
+        // Without options it is for the spec to say; where that is silent too, the inode decides.
+        None => info.own_network == Some(false),
+    };
+    let handler = status.map_or("", |s| s.runtime_handler.as_str());
+    let network = status.and_then(|s| s.network.as_ref());
+    let ips = network
+        .into_iter()
+        .flat_map(|n| std::iter::once(&n.ip).chain(n.additional_ips.iter().map(|a| &a.ip)))
+        .filter_map(|ip| ip.parse().ok())
+        .collect();
+    Ok(SandboxFacts {
+        pid: info.pid,
+        host_network,
+        hidden: hidden(&info.runtime_type, handler),
+        ips,
+    })
+}
+
+/// Runtimes that keep a network stack of their own: the pod's TCP sockets are not in the host's kernel.
+/// Told by the shim's name, or by the handler's where the runtime does not give the shim.
+fn hidden(runtime_type: &str, handler: &str) -> Option<String> {
+    let says = |word| runtime_type.contains(word) || handler.contains(word);
+    let sandbox = if says("runsc") || says("gvisor") {
+        "gVisor"
+    } else if says("kata") {
+        "Kata"
+    } else {
+        return None;
+    };
+    Some(format!(
+        "it runs in a {sandbox} sandbox, whose sockets the host's kernel does not have"
+    ))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use k8s_cri::v1;
+
+    use super::*;
+
+    /// containerd 1.6, a pod with its own network.
+    pub(in crate::pods) const CONTAINERD: &str = r#"{
+      "pid": 4242, "processStatus": "running", "netNamespaceClosed": false,
+      "image": "registry.k8s.io/pause:3.9",
+      "snapshotKey": "8f1f3f1d0c6c", "snapshotter": "overlayfs", "runtimeHandler": "",
+      "runtimeType": "io.containerd.runc.v2", "runtimeOptions": {"systemd_cgroup": true},
+      "config": {"metadata": {"name": "web-0", "uid": "u1", "namespace": "shop"}, "linux": {}},
+      "runtimeSpec": {"ociVersion": "1.0.2-dev", "process": {"args": ["/pause"], "cwd": "/"},
+        "linux": {"resources": {"cpu": {"shares": 2}},
+          "cgroupsPath": "kubepods-burstable-podu1.slice:cri-containerd:8f1f3f1d0c6c",
+          "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "mount"},
+            {"type": "network", "path": "/var/run/netns/cni-6f2a"}]}},
+      "cniResult": {"Interfaces": {"eth0": {"IPConfigs": [{"IP": "10.88.0.7"}]}}}
+    }"#;
+
+    /// containerd 1.6, a host-network pod: the spec asks for no network namespace.
+    pub(in crate::pods) const CONTAINERD_HOST: &str = r#"{
+      "pid": 4243, "processStatus": "running", "netNamespaceClosed": false, "runtimeHandler": "",
+      "runtimeType": "io.containerd.runc.v2",
+      "runtimeSpec": {"linux": {"cgroupsPath": "/kubepods/podu2/aa11",
+        "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "mount"}]}},
+      "cniResult": null
+    }"#;
+
+    /// CRI-O, whose infra container was dropped: a spec and nothing else.
+    pub(in crate::pods) const CRIO_DROPPED: &str = r#"{
+      "runtimeSpec": {"ociVersion": "1.2.0", "annotations": {"io.container.manager": "cri-o"},
+        "linux": {"namespaces": [{"type": "network", "path": "/var/run/netns/5e7c"}, {"type": "mount"}],
+          "cgroupsPath": "kubepods-podu3.slice:crio:77ee"}}
+    }"#;
+
+    pub(in crate::pods) fn info_map(json: &str) -> HashMap<String, String> {
+        HashMap::from([("info".into(), json.into())])
+    }
+
+    fn answer(
+        json: &str,
+        network: Option<NamespaceMode>,
+        handler: &str,
+    ) -> PodSandboxStatusResponse {
+        let options = network.map(|n| v1::NamespaceOption {
+            network: n.into(),
+            ..Default::default()
+        });
+        PodSandboxStatusResponse {
+            status: Some(v1::PodSandboxStatus {
+                linux: Some(v1::LinuxPodSandboxStatus {
+                    namespaces: Some(v1::Namespace { options }),
+                }),
+                runtime_handler: handler.into(),
+                network: Some(v1::PodSandboxNetworkStatus {
+                    ip: "10.88.0.7".into(),
+                    additional_ips: vec![v1::PodIp {
+                        ip: "fd00::7".into(),
+                    }],
+                }),
+                ..Default::default()
+            }),
+            info: info_map(json),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn containerd_sandbox_with_its_own_network() {
+        let facts = sandbox_facts(&answer(CONTAINERD, Some(NamespaceMode::Pod), "")).unwrap();
+        assert_eq!(facts.pid, Some(4242));
+        assert!(!facts.host_network);
+        assert_eq!(facts.hidden, None);
+        assert_eq!(
+            facts.ips,
+            [
+                "10.88.0.7".parse::<IpAddr>().unwrap(),
+                "fd00::7".parse().unwrap()
+            ]
+        );
+    }
+
+    #[test]
+    fn host_network_is_told_by_the_options_or_else_by_the_spec() {
+        let facts = |json, mode| sandbox_facts(&answer(json, mode, "")).unwrap();
+        assert!(facts(CONTAINERD_HOST, Some(NamespaceMode::Node)).host_network);
+        assert!(facts(CONTAINERD_HOST, None).host_network);
+        assert!(!facts(CONTAINERD, None).host_network);
+        assert!(!facts(r#"{"pid": 1}"#, None).host_network);
+    }
+
+    #[test]
+    fn crio_without_an_infra_container_has_no_pid() {
+        let facts = sandbox_facts(&answer(CRIO_DROPPED, Some(NamespaceMode::Pod), "")).unwrap();
+        assert_eq!(facts.pid, None);
+        assert!(!facts.host_network);
+    }
+
+    #[test]
+    fn sandboxes_with_a_network_stack_of_their_own_are_hidden() {
+        let kata = CONTAINERD.replace("io.containerd.runc.v2", "io.containerd.kata-qemu.v2");
+        assert!(
+            sandbox_facts(&answer(&kata, None, ""))
+                .unwrap()
+                .hidden
+                .unwrap()
+                .contains("Kata")
+        );
+        let runsc = CONTAINERD.replace("io.containerd.runc.v2", "io.containerd.runsc.v1");
+        assert!(
+            sandbox_facts(&answer(&runsc, None, ""))
+                .unwrap()
+                .hidden
+                .unwrap()
+                .contains("gVisor")
+        );
+        assert!(
+            sandbox_facts(&answer(CRIO_DROPPED, None, "kata"))
+                .unwrap()
+                .hidden
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn container_info_of_both_runtimes() {
+        let containerd = parse_info(&info_map(
+            r#"{"sandboxID": "8f1f", "pid": 4300, "removing": false, "snapshotKey": "c1",
+                "snapshotter": "overlayfs", "runtimeType": "io.containerd.runc.v2", "runtimeOptions": {},
+                "config": {"metadata": {"name": "nginx"}},
+                "runtimeSpec": {"linux": {"cgroupsPath": "/kubepods/podu1/c1", "namespaces": null}}}"#,
+        ));
+        let containerd = containerd.unwrap();
+        assert_eq!(containerd.pid, Some(4300));
+        assert_eq!(
+            containerd.cgroups_path.as_deref(),
+            Some("/kubepods/podu1/c1")
+        );
+        assert_eq!(containerd.own_network, None);
+        let crio = parse_info(&info_map(
+            r#"{"sandboxID": "77ee", "pid": 0, "privileged": false, "checkpointedAt": "0001-01-01T00:00:00Z",
+                "runtimeSpec": {"linux": {"cgroupsPath": "kubepods-podu3.slice:crio:c2"}}}"#,
+        ));
+        assert_eq!(crio.unwrap().pid, None);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_an_error_and_not_a_guess() {
+        assert!(matches!(
+            parse_info(&HashMap::new()),
+            Err(InfoError::Absent)
+        ));
+        for bad in ["", "[]", "nonsense", r#"{"pid": "many"}"#] {
+            assert!(
+                matches!(parse_info(&info_map(bad)), Err(InfoError::Shape(_))),
+                "{bad}"
+            );
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! Deciding when a terminating pod may be stopped.
 
+pub mod machine;
 pub mod policy;
 pub mod report;

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
-    flow::Direction,
+    flow::{Direction, Snapshot},
     hold::{
         holding,
         wire::{HOLDS_PATH, HoldRequest},
@@ -69,15 +69,14 @@ async fn pods(State(agent): State<Arc<Agent>>) -> Response {
         Ok(table) => table,
         Err(problem) => return problem,
     };
-    let mut pods: Vec<PodView> = stream::iter(table.iter())
-        .map(|pod| async {
-            let seen = agent.snapshot(pod).await;
+    let looked = look_at(&agent, table.iter().cloned().collect()).await;
+    let mut pods: Vec<PodView> = looked
+        .iter()
+        .map(|(pod, seen)| {
             let (_, warnings) = agent.policy_of(pod);
             PodView::new(pod, seen.as_ref().map_err(Clone::clone), warnings)
         })
-        .buffered(LOOKS_AT_ONCE)
-        .collect()
-        .await;
+        .collect();
     pods.sort_by(|a, b| (&a.pod.namespace, &a.pod.name).cmp(&(&b.pod.namespace, &b.pod.name)));
     Json(PodList {
         schema: SCHEMA.into(),
@@ -105,17 +104,12 @@ async fn flows(State(agent): State<Arc<Agent>>, Query(query): Query<FlowQuery>) 
             Err(e) => return problem(StatusCode::NOT_FOUND, e.to_string()),
         },
     };
-    let looked: Vec<_> = stream::iter(&wanted)
-        .map(|pod| async move { (pod, agent.snapshot(pod).await) })
-        .buffered(LOOKS_AT_ONCE)
-        .collect()
-        .await;
     let mut list = FlowList {
         schema: SCHEMA.into(),
         flows: Vec::new(),
         untracked: Vec::new(),
     };
-    for (pod, seen) in looked {
+    for (pod, seen) in look_at(&agent, wanted).await {
         match seen {
             Ok(snapshot) => list.flows.extend(
                 snapshot
@@ -174,6 +168,24 @@ async fn holds(State(agent): State<Arc<Agent>>, Json(request): Json<HoldRequest>
         });
     let lines = lines.take_while(|line| std::future::ready(line.is_ok()));
     Body::from_stream(lines.map(|line| Ok::<_, Infallible>(line.unwrap_or_default()))).into_response()
+}
+
+/// The flows of each pod, or why they can't be seen, in the order of `pods`.
+async fn look_at(
+    agent: &Arc<Agent>,
+    pods: Vec<Arc<Pod>>,
+) -> Vec<(Arc<Pod>, Result<Snapshot, String>)> {
+    stream::iter(pods)
+        .map(|pod| {
+            let agent = Arc::clone(agent);
+            async move {
+                let seen = agent.snapshot(&pod).await;
+                (pod, seen)
+            }
+        })
+        .buffered(LOOKS_AT_ONCE)
+        .collect()
+        .await
 }
 
 /// The pods as the runtime has them now, or as they were last known if it does not answer.

@@ -1,6 +1,9 @@
 //! The report of a drain: what a user is told, and what every view is made of.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +23,12 @@ pub struct PodName {
     pub namespace: String,
     /// `metadata.name`.
     pub name: String,
+}
+
+impl fmt::Display for PodName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
 }
 
 /// Where a drain is.

@@ -66,7 +66,9 @@ impl fmt::Display for FlowState {
 /// and FIN_WAIT2 and TIME_WAIT, in which everything the pod sent has arrived.
 pub fn classify(s: &Sample, idle_after: Duration) -> Option<FlowState> {
     match s.state {
-        TcpState::SynRecv => Some(FlowState::Backlog),
+        // A child that fast open made. Request sockets show as SYN_RECV too, but have no record: their
+        // handshake is not done.
+        TcpState::SynRecv => s.record.map(|_| FlowState::Backlog),
         TcpState::Established | TcpState::CloseWait if !s.has_inode => Some(FlowState::Backlog),
         TcpState::Established => Some(established(s, idle_after)),
         TcpState::CloseWait if is_quiet(s, idle_after) => Some(FlowState::Idle),

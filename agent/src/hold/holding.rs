@@ -19,6 +19,7 @@ use crate::{
     pods::{
         Pod,
         kube::LONGEST_WAIT,
+        table::PodTable,
         terminating::{Evidence, StopWatch, Verdict},
     },
 };
@@ -111,10 +112,11 @@ async fn wanted(agent: &Agent, request: &HoldRequest) -> Result<HoldOrder, &'sta
             container,
             timeout_ms,
         } => {
-            let pod = agent
-                .pods
+            // Which containers run matters, so what was known before will do only if the runtime is away.
+            let table = fresh(agent).await;
+            let pod = table
                 .by_container(container)
-                .await
+                .cloned()
                 .ok_or("unknown-container")?;
             may_hold(agent, &pod)?;
             let evidence = Evidence {
@@ -127,7 +129,8 @@ async fn wanted(agent: &Agent, request: &HoldRequest) -> Result<HoldOrder, &'sta
         }
         HeldCall::StopPodSandbox { sandbox } => {
             agent.judge.sandbox_stops(sandbox);
-            let pod = sandbox_pod(agent, sandbox).await.ok_or("unknown-sandbox")?;
+            let table = fresh(agent).await;
+            let pod = table.by_sandbox(sandbox).cloned().ok_or("unknown-sandbox")?;
             may_hold(agent, &pod)?;
             if !in_drain(agent, &pod) && !pod.containers.iter().any(|c| c.running) {
                 return Err("nothing-runs");
@@ -160,13 +163,12 @@ fn in_drain(agent: &Agent, pod: &Pod) -> bool {
     view.active.iter().any(|r| r.pod.uid == pod.name.uid)
 }
 
-/// The pod of a sandbox, with containers as they are now if the runtime says.
-async fn sandbox_pod(agent: &Agent, sandbox: &SandboxId) -> Option<Arc<Pod>> {
-    let table = match agent.pods.refresh().await {
+/// The pods as they are now, or as they were last known if the runtime is away.
+async fn fresh(agent: &Agent) -> Arc<PodTable> {
+    match agent.pods.refresh().await {
         Ok(table) => table,
         Err(_) => agent.pods.latest(),
-    };
-    table.by_sandbox(sandbox).cloned()
+    }
 }
 
 async fn hold(agent: &Agent, order: HoldOrder, to: &mpsc::Sender<HoldMessage>) -> HoldMessage {

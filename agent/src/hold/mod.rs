@@ -1,2 +1,7 @@
 //! Holding calls and requests.
+
+pub mod caller;
+pub mod cri_proxy;
+pub mod holding;
+pub mod node_port;
 pub mod wire;

@@ -44,7 +44,7 @@ const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
 pub const LONGEST_WAIT: Duration = Duration::from_millis(300);
 
 /// How long the one question to the API server may take: a stop is waiting for it.
-const GET_TIMEOUT: Duration = Duration::from_secs(1);
+const GET_TIMEOUT: Duration = Duration::from_millis(500);
 
 type PodMeta = PartialObjectMeta<core::Pod>;
 
@@ -213,7 +213,7 @@ impl Kube {
     /// does not answer, or the pod is a static one, whose end it does not decide.
     ///
     /// The watch may be a little behind the kubelet, so it gets up to `wait` ([`LONGEST_WAIT`] at most) to
-    /// say so. Then the server is asked for this one pod, once, for a second at most.
+    /// say so. Then the server is asked for this one pod, once, for half a second at most.
     pub async fn is_deleting(&self, pod: &Pod, wait: Duration) -> Option<bool> {
         let client = self.client.as_ref()?;
         if is_static(&pod.annotations) {
@@ -225,8 +225,9 @@ impl Kube {
             wait.min(LONGEST_WAIT),
             pods.wait_for(|p| p.is_deleting(uid)),
         )
-        .await;
-        if matches!(told, Ok(Ok(_))) {
+        .await
+        .is_ok_and(|told| told.is_ok());
+        if told {
             return Some(true);
         }
         let api: Api<PodMeta> = Api::namespaced(client.clone(), &pod.name.namespace);

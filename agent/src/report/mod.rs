@@ -2,5 +2,6 @@
 
 pub mod metrics;
 pub mod table;
+pub mod tell;
 pub mod text;
 pub mod view;

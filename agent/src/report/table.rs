@@ -75,7 +75,7 @@ pub fn pods(list: &PodList) -> String {
     let mut out = t.render();
     for p in &list.pods {
         for w in &p.warnings {
-            let _ = writeln!(out, "{}/{}: {w}", p.pod.namespace, p.pod.name);
+            let _ = writeln!(out, "{}: {w}", p.pod);
         }
     }
     out
@@ -134,8 +134,8 @@ pub fn flows(list: &FlowList) -> String {
     for u in &list.untracked {
         let _ = writeln!(
             out,
-            "{}/{}: flows can't be seen: {}",
-            u.pod.namespace, u.pod.name, u.why
+            "{}: flows can't be seen: {}",
+            u.pod, u.why
         );
     }
     out
@@ -216,7 +216,7 @@ fn drain_row(r: &Report) -> [String; 11] {
 
 /// What does not fit in a row: who was cut, who still connected, what went wrong.
 fn footnotes(r: &Report) -> String {
-    let pod = format!("{}/{}", r.pod.namespace, r.pod.name);
+    let pod = &r.pod;
     let mut out = String::new();
     for c in &r.cut {
         let _ = writeln!(

@@ -187,7 +187,7 @@ impl FlowView {
     /// A flow of a pod.
     pub fn new(pod: &PodName, flow: &Flow) -> Self {
         Self {
-            pod: format!("{}/{}", pod.namespace, pod.name),
+            pod: pod.to_string(),
             direction: flow.direction,
             state: flow.state,
             live: flow.state.is_live(),

@@ -1,0 +1,3 @@
+//! The agent's own HTTP interface on its unix socket.
+pub mod client;
+pub mod server;

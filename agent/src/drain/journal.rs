@@ -1,0 +1,333 @@
+//! Remembers on disk when a pod's drain began, so that a hold repeated after a restart of the agent goes
+//! on with its first deadline instead of a new one.
+//!
+//! One small JSON file per pod. Nothing is flushed to the disk by force: what a crash of the node loses is
+//! of another boot, and would not be believed anyway.
+
+use std::{
+    collections::HashMap,
+    ffi::OsStr,
+    fs, io,
+    io::Write as _,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tracing::{debug, warn};
+
+use crate::{clock::BootTime, ids::PodUid};
+
+/// Identifies a boot of the kernel (`random(4)`); the boot-time clock of another boot says nothing.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// How long after its deadline a beginning is of no use to anybody.
+const KEEP: Duration = Duration::from_secs(60 * 60);
+
+/// A beginning could not be written down or read.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The UID would not be safe as a file name.
+    #[error("pod UID {0:?} has characters other than letters, digits and dashes")]
+    Uid(PodUid),
+    /// A file could not be read or written.
+    #[error("can't {doing} {}", .path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// When a drain began, and until when it was allowed to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Beginning {
+    /// The first hold.
+    pub started: BootTime,
+    /// The latest moment of release.
+    pub deadline: BootTime,
+}
+
+impl Beginning {
+    /// Is it so long ago that no hold of this termination can come any more?
+    pub fn is_over(&self, now: BootTime) -> bool {
+        self.deadline + KEEP < now
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    boot_id: String,
+    #[serde(flatten)]
+    beginning: Beginning,
+}
+
+/// A directory of beginnings.
+#[derive(Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    boot_id: String,
+}
+
+impl Journal {
+    /// Opens the journal in `dir`, which is made if need be, for its owner only. Fails if it can't be
+    /// made, or if the kernel does not tell its boot id.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, JournalError> {
+        let dir = dir.into();
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(io_error("make directory", &dir))?;
+        let boot_id = fs::read_to_string(BOOT_ID)
+            .map_err(io_error("read", Path::new(BOOT_ID)))?
+            .trim()
+            .to_owned();
+        Ok(Self { dir, boot_id })
+    }
+
+    /// All beginnings of this boot that matter at `now`. Files of other boots, of long ago, and such as
+    /// can't be read are removed; files that are not the journal's are left alone.
+    pub fn load(&self, now: BootTime) -> Result<HashMap<PodUid, Beginning>, JournalError> {
+        let mut found = HashMap::new();
+        for path in self.files()? {
+            match self.read(&path) {
+                Ok(Some((uid, beginning))) if !beginning.is_over(now) => {
+                    found.insert(uid, beginning);
+                    continue;
+                }
+                Ok(_) => {}
+                Err(why) => {
+                    warn!(path = %path.display(), "removing a journal file that can't be read: {why}")
+                }
+            }
+            if let Err(error) = fs::remove_file(&path) {
+                warn!(path = %path.display(), %error, "can't remove a journal file");
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes a beginning down. On failure the journal is as before.
+    pub fn record(&self, uid: &PodUid, beginning: Beginning) -> Result<(), JournalError> {
+        if !is_safe(uid.as_str()) {
+            return Err(JournalError::Uid(uid.clone()));
+        }
+        let path = self.dir.join(format!("{uid}.json"));
+        let tmp = self.dir.join(format!("{uid}.tmp"));
+        let entry = Entry {
+            boot_id: self.boot_id.clone(),
+            beginning,
+        };
+        let text = serde_json::to_vec(&entry).map_err(|e| io_error("write", &tmp)(e.into()))?;
+        // What is left of an interrupted write may have another mode.
+        let _ = fs::remove_file(&tmp);
+        let written = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&tmp)
+            .and_then(|mut file| file.write_all(&text))
+            .map_err(io_error("write", &tmp))
+            .and_then(|()| fs::rename(&tmp, &path).map_err(io_error("write", &path)));
+        if written.is_err() {
+            let _ = fs::remove_file(&tmp);
+        }
+        written
+    }
+
+    /// Removes what is over at `now`.
+    pub fn prune(&self, now: BootTime) -> Result<(), JournalError> {
+        self.load(now).map(drop)
+    }
+
+    /// The journal's own files, by their names.
+    fn files(&self) -> Result<Vec<PathBuf>, JournalError> {
+        let failed = |e| io_error("list", &self.dir)(e);
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let ours = matches!(
+                path.extension().and_then(OsStr::to_str),
+                Some("json" | "tmp")
+            );
+            if ours && path.is_file() {
+                files.push(path);
+            } else {
+                debug!(path = %path.display(), "not a journal file; left alone");
+            }
+        }
+        Ok(files)
+    }
+
+    /// The beginning in a file; `None` if it is of another boot.
+    fn read(&self, path: &Path) -> Result<Option<(PodUid, Beginning)>, String> {
+        let uid = path
+            .file_stem()
+            .and_then(OsStr::to_str)
+            .filter(|uid| is_safe(uid));
+        let uid = uid.ok_or("its name is not a pod UID")?;
+        if path.extension() == Some(OsStr::new("tmp")) {
+            return Err("its writing was interrupted".to_owned());
+        }
+        let text = fs::read(path).map_err(|e| e.to_string())?;
+        let entry: Entry = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+        Ok((entry.boot_id == self.boot_id).then(|| (PodUid::new(uid), entry.beginning)))
+    }
+}
+
+fn is_safe(uid: &str) -> bool {
+    (1..=128).contains(&uid.len()) && uid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+}
+
+fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> JournalError {
+    move |source| JournalError::Io {
+        doing,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    const BEGINNING: Beginning = Beginning {
+        started: BootTime::from_nanos(5),
+        deadline: BootTime::from_nanos(9),
+    };
+    const NOW: BootTime = BootTime::from_nanos(10);
+
+    fn journal() -> (tempfile::TempDir, Journal) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let journal = Journal::open(dir.path().join("drains")).expect("a journal");
+        (dir, journal)
+    }
+
+    fn uid(uid: &str) -> PodUid {
+        PodUid::new(uid)
+    }
+
+    fn names(journal: &Journal) -> Vec<String> {
+        let entries = fs::read_dir(&journal.dir).expect("a directory");
+        entries
+            .map(|e| {
+                e.expect("an entry")
+                    .file_name()
+                    .into_string()
+                    .expect("a name")
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_beginning_survives_the_agent() {
+        let (_dir, journal) = journal();
+        journal.record(&uid("b-1"), BEGINNING).expect("recorded");
+        let again = Journal::open(&journal.dir).expect("a journal");
+        assert_eq!(
+            again.load(NOW).expect("loaded"),
+            HashMap::from([(uid("b-1"), BEGINNING)])
+        );
+        assert_eq!(names(&journal), ["b-1.json"], "nothing else is left behind");
+        let mode = fs::metadata(journal.dir.join("b-1.json"))
+            .expect("metadata")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn the_last_record_of_a_pod_counts() {
+        let (_dir, journal) = journal();
+        let shorter = Beginning {
+            deadline: BootTime::from_nanos(7),
+            ..BEGINNING
+        };
+        journal.record(&uid("a"), BEGINNING).expect("recorded");
+        journal.record(&uid("a"), shorter).expect("recorded");
+        assert_eq!(journal.load(NOW).expect("loaded")[&uid("a")], shorter);
+    }
+
+    #[test]
+    fn uids_that_are_not_safe_as_file_names_are_refused() {
+        let (_dir, journal) = journal();
+        for bad in [
+            "",
+            "..",
+            "../a",
+            "a/b",
+            "a.json",
+            "ä",
+            "a b",
+            &"a".repeat(129),
+        ] {
+            let result = journal.record(&uid(bad), BEGINNING);
+            assert!(
+                matches!(result, Err(JournalError::Uid(_))),
+                "{bad:?}: {result:?}"
+            );
+        }
+        assert_eq!(names(&journal), Vec::<String>::new());
+    }
+
+    #[test]
+    fn half_written_and_foreign_files_are_removed_and_the_rest_is_read() {
+        let (_dir, journal) = journal();
+        journal.record(&uid("good"), BEGINNING).expect("recorded");
+        for (name, text) in [
+            ("half.json", "{\"boot_id\":"),
+            ("a b.json", "{}"),
+            ("c.tmp", "{}"),
+        ] {
+            fs::write(journal.dir.join(name), text).expect("written");
+        }
+        assert_eq!(journal.load(NOW).expect("loaded").len(), 1);
+        assert_eq!(names(&journal), ["good.json"]);
+    }
+
+    #[test]
+    fn files_that_are_not_the_journals_are_left_alone() {
+        let (_dir, journal) = journal();
+        fs::write(journal.dir.join("passwd"), "root").expect("written");
+        assert!(journal.load(NOW).expect("loaded").is_empty());
+        assert_eq!(names(&journal), ["passwd"]);
+    }
+
+    #[test]
+    fn another_boots_beginnings_are_not_believed() {
+        let (_dir, mut journal) = journal();
+        let this_boot = std::mem::replace(&mut journal.boot_id, "another".to_owned());
+        journal.record(&uid("a"), BEGINNING).expect("recorded");
+        journal.boot_id = this_boot;
+        assert!(journal.load(NOW).expect("loaded").is_empty());
+        assert_eq!(names(&journal), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_beginning_is_removed_an_hour_after_its_deadline() {
+        let (_dir, journal) = journal();
+        journal.record(&uid("a"), BEGINNING).expect("recorded");
+        journal.prune(BEGINNING.deadline + KEEP).expect("pruned");
+        assert_eq!(names(&journal), ["a.json"]);
+        journal
+            .prune(BEGINNING.deadline + KEEP + Duration::from_nanos(1))
+            .expect("pruned");
+        assert_eq!(names(&journal), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_journal_that_can_not_be_written_says_what_failed() {
+        let (_dir, journal) = journal();
+        fs::remove_dir(&journal.dir).expect("removed");
+        let error = journal
+            .record(&uid("a"), BEGINNING)
+            .expect_err("no directory");
+        assert!(error.to_string().starts_with("can't write "), "{error}");
+    }
+}

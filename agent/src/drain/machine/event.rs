@@ -1,0 +1,68 @@
+//! What goes into the machine and what comes out.
+
+use std::net::SocketAddr;
+
+use crate::{
+    clock::BootTime, drain::report::PodName, flow::Snapshot, hold::wire::ReleaseReason,
+    ids::SocketCookie,
+};
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A flow that may hold was opened.
+    FlowOpened {
+        /// Its socket.
+        cookie: SocketCookie,
+        /// The pod's end.
+        local: SocketAddr,
+        /// The peer.
+        remote: SocketAddr,
+        /// The kernel's stamp.
+        at: BootTime,
+    },
+    /// A flow ended.
+    FlowClosed {
+        /// Its socket.
+        cookie: SocketCookie,
+        /// The kernel's stamp.
+        at: BootTime,
+    },
+    /// The look that was asked for.
+    Looked(Snapshot),
+    /// The look that was asked for failed; the text says why.
+    LookFailed(String),
+    /// Edges were lost.
+    Lost,
+    /// The pod's flows can't be seen (any more); the text says why.
+    Untracked(String),
+    /// Another hold has joined, with this deadline.
+    Limit(BootTime),
+    /// Somebody wants the drain to end.
+    ReleaseNow,
+    /// The agent is stopping.
+    Shutdown,
+    /// Time has passed.
+    Tick,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Look at the pod's flows, and answer with [`Event::Looked`] or [`Event::LookFailed`]. There is
+    /// never more than one such request open.
+    Look,
+    /// Release all holds. Comes once; the report is final.
+    Release(ReleaseReason),
+}
+
+/// What a drain is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// The pod.
+    pub pod: PodName,
+    /// When the drain began, for people (RFC 3339, UTC).
+    pub started_at: String,
+    /// What was wrong with the pod's annotations.
+    pub warnings: Vec<String>,
+}

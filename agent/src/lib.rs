@@ -1,5 +1,6 @@
 //! ebb lets Kubernetes pods end without cutting anybody off. See ARCHITECTURE.md for the rooms.
 
+pub mod api;
 pub mod clock;
 pub mod drain;
 pub mod flow;

@@ -1,0 +1,2 @@
+//! The agent's own HTTP interface on its unix socket.
+pub mod client;

@@ -1,2 +1,3 @@
 //! Holding calls and requests.
+pub mod cri_proxy;
 pub mod wire;

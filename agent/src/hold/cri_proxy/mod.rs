@@ -22,6 +22,7 @@ mod allowance;
 mod body;
 mod gate;
 mod grpc;
+pub mod listen;
 mod protobuf;
 mod runtime;
 mod session;

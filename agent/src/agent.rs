@@ -141,10 +141,17 @@ impl Agent {
             return Err(why.clone());
         }
         let (policy, _) = self.policy_of(pod);
-        let look = self.tracker.look(&pod.scope).await.map_err(|e| e.to_string())?;
-        Ok(Snapshot::new(look.taken_at, &look.samples, policy.idle_after, |port| {
-            policy.holds_port(port)
-        }))
+        let look = self
+            .tracker
+            .look(&pod.scope)
+            .await
+            .map_err(|e| e.to_string())?;
+        Ok(Snapshot::new(
+            look.taken_at,
+            &look.samples,
+            policy.idle_after,
+            |port| policy.holds_port(port),
+        ))
     }
 }
 

@@ -3,11 +3,8 @@
 use std::{error::Error, io, process::ExitCode};
 
 use crate::{
-    agent::StartError,
-    api::client::AgentError,
-    hold::cri_proxy::listen::ListenError,
-    kernel::KernelError,
-    pods::cri::CriError,
+    agent::StartError, api::client::AgentError, hold::cri_proxy::listen::ListenError,
+    kernel::KernelError, pods::cri::CriError,
 };
 
 /// For `ebb --help` and the README.
@@ -101,7 +98,9 @@ const fn listen(e: &ListenError) -> u8 {
 fn agent(e: &AgentError) -> Option<u8> {
     match e {
         AgentError::NotAllowed { .. } => Some(3),
-        AgentError::NotRunning { .. } | AgentError::Connect { .. } | AgentError::Timeout { .. } => Some(9),
+        AgentError::NotRunning { .. } | AgentError::Connect { .. } | AgentError::Timeout { .. } => {
+            Some(9)
+        }
         AgentError::Refused { status, .. } if matches!(status.as_u16(), 404 | 409) => Some(10),
         _ => None,
     }
@@ -117,7 +116,9 @@ mod tests {
 
     #[test]
     fn causes_are_on_one_line_and_not_repeated() {
-        let e = anyhow::anyhow!("disk\nfull").context("disk\nfull").context("writing x");
+        let e = anyhow::anyhow!("disk\nfull")
+            .context("disk\nfull")
+            .context("writing x");
         assert_eq!(one_line(&e), "writing x: disk; full");
     }
 

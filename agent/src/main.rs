@@ -10,7 +10,8 @@ fn main() -> ExitCode {
     if cli.is_service() {
         tracing_subscriber::fmt()
             .with_env_filter(
-                tracing_subscriber::EnvFilter::try_from_env("EBB_LOG").unwrap_or_else(|_| "info".into()),
+                tracing_subscriber::EnvFilter::try_from_env("EBB_LOG")
+                    .unwrap_or_else(|_| "info".into()),
             )
             .with_writer(std::io::stderr)
             .with_ansi(false)

@@ -35,11 +35,7 @@ const PACKAGES: &[(&str, &str, &str)] = &[
         "/usr/lib/x86_64-linux-gnu/libcrypt.so.1",
         "nginx",
     ),
-    (
-        "libssl3",
-        "/usr/lib/x86_64-linux-gnu/libssl.so.3",
-        "nginx",
-    ),
+    ("libssl3", "/usr/lib/x86_64-linux-gnu/libssl.so.3", "nginx"),
     ("zlib1g", "/usr/lib/x86_64-linux-gnu/libz.so.1", "nginx"),
     (
         "libpcre2-8-0",

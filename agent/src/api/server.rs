@@ -167,7 +167,8 @@ async fn holds(State(agent): State<Arc<Agent>>, Json(request): Json<HoldRequest>
             Bytes::from(line)
         });
     let lines = lines.take_while(|line| std::future::ready(line.is_ok()));
-    Body::from_stream(lines.map(|line| Ok::<_, Infallible>(line.unwrap_or_default()))).into_response()
+    Body::from_stream(lines.map(|line| Ok::<_, Infallible>(line.unwrap_or_default())))
+        .into_response()
 }
 
 /// The flows of each pod, or why they can't be seen, in the order of `pods`.
@@ -198,7 +199,10 @@ async fn fresh(agent: &Agent) -> Result<Arc<PodTable>, Response> {
                 let e = crate::exit::one_line(&e.into());
                 return Err(problem(StatusCode::BAD_GATEWAY, e));
             }
-            tracing::warn!("{}; showing the pods known before", crate::exit::one_line(&e.into()));
+            tracing::warn!(
+                "{}; showing the pods known before",
+                crate::exit::one_line(&e.into())
+            );
             Ok(known)
         }
     }

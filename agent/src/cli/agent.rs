@@ -16,16 +16,37 @@ use crate::{
 #[derive(Args)]
 pub(super) struct Flags {
     /// The container runtime's CRI socket (its own, not `ebb cri-proxy`'s).
-    #[arg(long, env = "EBB_CRI_SOCKET", default_value = "/run/containerd/containerd.sock", value_name = "SOCKET")]
+    #[arg(
+        long,
+        env = "EBB_CRI_SOCKET",
+        default_value = "/run/containerd/containerd.sock",
+        value_name = "SOCKET"
+    )]
     cri_socket: PathBuf,
     /// Where to keep the agent's socket, lock and journal.
-    #[arg(long, env = "EBB_RUN_DIR", default_value = "/run/ebb", value_name = "DIR")]
+    #[arg(
+        long,
+        env = "EBB_RUN_DIR",
+        default_value = "/run/ebb",
+        value_name = "DIR"
+    )]
     run_dir: PathBuf,
     /// Where to serve the wait endpoint, health and metrics. May be given more than once.
-    #[arg(long, env = "EBB_HTTP", value_delimiter = ',', default_value = "127.0.0.1:9690", value_name = "ADDRESS")]
+    #[arg(
+        long,
+        env = "EBB_HTTP",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:9690",
+        value_name = "ADDRESS"
+    )]
     http: Vec<SocketAddr>,
     /// The mount of cgroup v2.
-    #[arg(long, env = "EBB_CGROUP_ROOT", default_value = "/sys/fs/cgroup", value_name = "DIR")]
+    #[arg(
+        long,
+        env = "EBB_CGROUP_ROOT",
+        default_value = "/sys/fs/cgroup",
+        value_name = "DIR"
+    )]
     cgroup_root: PathBuf,
     /// Whether to watch pods at the API server.
     #[arg(long, env = "EBB_KUBE", value_enum, default_value_t)]

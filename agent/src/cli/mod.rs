@@ -66,7 +66,12 @@ impl Cli {
 #[derive(Args)]
 struct AgentFlags {
     /// The agent's unix socket.
-    #[arg(long = "agent", env = "EBB_AGENT", default_value = "/run/ebb/agent.sock", value_name = "SOCKET")]
+    #[arg(
+        long = "agent",
+        env = "EBB_AGENT",
+        default_value = "/run/ebb/agent.sock",
+        value_name = "SOCKET"
+    )]
     socket: PathBuf,
 }
 

@@ -18,6 +18,10 @@ pub(super) async fn run(flags: &Flags) -> Result<()> {
     let request = ReleaseRequest {
         pod: flags.pod.clone(),
     };
-    let () = flags.agent.client().post_json("/v1/release", &request).await?;
+    let () = flags
+        .agent
+        .client()
+        .post_json("/v1/release", &request)
+        .await?;
     Ok(())
 }

@@ -46,9 +46,9 @@ impl Judge {
         container: &ContainerId,
         evidence: Evidence,
     ) -> Result<&'static str, &'static str> {
-        let mut verdict =
-            self.stops()
-                .stop_requested(pod, container, evidence, BootTime::now());
+        let mut verdict = self
+            .stops()
+            .stop_requested(pod, container, evidence, BootTime::now());
         self.another.notify_waiters();
         loop {
             let wait = match verdict {
@@ -74,7 +74,8 @@ impl Judge {
     }
 
     fn sandbox_stops(&self, sandbox: &SandboxId) {
-        self.stops().sandbox_stop_requested(sandbox, BootTime::now());
+        self.stops()
+            .sandbox_stop_requested(sandbox, BootTime::now());
         self.another.notify_waiters();
     }
 
@@ -130,7 +131,10 @@ async fn wanted(agent: &Agent, request: &HoldRequest) -> Result<HoldOrder, &'sta
         HeldCall::StopPodSandbox { sandbox } => {
             agent.judge.sandbox_stops(sandbox);
             let table = fresh(agent).await;
-            let pod = table.by_sandbox(sandbox).cloned().ok_or("unknown-sandbox")?;
+            let pod = table
+                .by_sandbox(sandbox)
+                .cloned()
+                .ok_or("unknown-sandbox")?;
             may_hold(agent, &pod)?;
             if !in_drain(agent, &pod) && !pod.containers.iter().any(|c| c.running) {
                 return Err("nothing-runs");

@@ -101,7 +101,10 @@ async fn metrics(State(agent): State<Arc<Agent>>) -> Response {
     };
     match agent.metrics.render(&agent.tracker.counts(), losses) {
         Ok(text) => (
-            [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")],
+            [(
+                "content-type",
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            )],
             text,
         )
             .into_response(),

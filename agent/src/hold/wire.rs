@@ -5,12 +5,18 @@
 //! lives as long as its connection: closing it gives the hold up. A holder that hears nothing within its
 //! own patience, or anything it does not understand, goes on as if there were no agent.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContainerId, PodUid, SandboxId};
 
 /// The path of the hold request on the agent's unix socket.
 pub const HOLDS_PATH: &str = "/v1/holds";
+
+/// How long a holder waits for the first message. The agent may need some of it to find out whether a pod
+/// is terminating: 0.8 s where it asks the API server, 1 s where it waits for the pod's other containers.
+pub const FIRST_MESSAGE: Duration = Duration::from_millis(1500);
 
 /// What is being held.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

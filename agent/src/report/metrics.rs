@@ -62,15 +62,47 @@ impl Default for Metrics {
             registry: Registry::default(),
         };
         let r = &mut registry;
-        r.register("drains", "Drains that ended, by reason", metrics.drains.clone());
-        r.register_with_unit("drain_hold", "How long drains were held", Unit::Seconds, held);
-        r.register("flows_cut", "Flows still open at the release", metrics.cut.clone());
-        r.register("flows_late", "Flows opened during a drain", metrics.late.clone());
-        r.register("holds_passed", "Calls that were not held, by reason", metrics.passes.clone());
+        r.register(
+            "drains",
+            "Drains that ended, by reason",
+            metrics.drains.clone(),
+        );
+        r.register_with_unit(
+            "drain_hold",
+            "How long drains were held",
+            Unit::Seconds,
+            held,
+        );
+        r.register(
+            "flows_cut",
+            "Flows still open at the release",
+            metrics.cut.clone(),
+        );
+        r.register(
+            "flows_late",
+            "Flows opened during a drain",
+            metrics.late.clone(),
+        );
+        r.register(
+            "holds_passed",
+            "Calls that were not held, by reason",
+            metrics.passes.clone(),
+        );
         r.register("drains_active", "Drains under way", metrics.active.clone());
-        r.register("flows", "TCP flows on the node, by direction", metrics.flows.clone());
-        r.register("kernel_losses", "What the BPF programs could not record, since the start", metrics.lost.clone());
-        Self { registry, ..metrics }
+        r.register(
+            "flows",
+            "TCP flows on the node, by direction",
+            metrics.flows.clone(),
+        );
+        r.register(
+            "kernel_losses",
+            "What the BPF programs could not record, since the start",
+            metrics.lost.clone(),
+        );
+        Self {
+            registry,
+            ..metrics
+        }
     }
 }
 
@@ -85,7 +117,8 @@ impl Metrics {
         self.active.dec();
         let reason = report.reason.map_or("unknown", |r| r.name());
         self.drains.get_or_create(&Reason { reason }).inc();
-        self.held.observe(std::time::Duration::from_millis(report.held_ms).as_secs_f64());
+        self.held
+            .observe(std::time::Duration::from_millis(report.held_ms).as_secs_f64());
         self.cut.inc_by(report.cut_total.into());
         self.late.inc_by(report.arrived.into());
     }

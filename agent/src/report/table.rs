@@ -132,11 +132,7 @@ pub fn flows(list: &FlowList) -> String {
     }
     let mut out = t.render();
     for u in &list.untracked {
-        let _ = writeln!(
-            out,
-            "{}: flows can't be seen: {}",
-            u.pod, u.why
-        );
+        let _ = writeln!(out, "{}: flows can't be seen: {}", u.pod, u.why);
     }
     out
 }

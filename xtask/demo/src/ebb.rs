@@ -55,7 +55,10 @@ impl Ebb {
         };
         let started = Instant::now();
         while ebb.query(&["pods"]).await.is_err() || !ebb.cri_socket.exists() {
-            ensure!(started.elapsed() < Duration::from_secs(10), "ebb did not start; its log is above");
+            ensure!(
+                started.elapsed() < Duration::from_secs(10),
+                "ebb did not start; its log is above"
+            );
             sleep(Duration::from_millis(50)).await;
         }
         Ok(ebb)
@@ -75,9 +78,13 @@ impl Ebb {
     /// The report of a pod's drain.
     pub(crate) async fn report(&self, pod: &str) -> Result<Value> {
         let document: Value = serde_json::from_str(&self.query(&["drains", "-o", "json"]).await?)?;
-        let drains = document["drains"].as_array().context("`ebb drains` lists no drains")?;
+        let drains = document["drains"]
+            .as_array()
+            .context("`ebb drains` lists no drains")?;
         let report = drains.iter().find(|r| r["pod"]["name"] == pod);
-        report.cloned().with_context(|| format!("`ebb drains` has no report of {pod}"))
+        report
+            .cloned()
+            .with_context(|| format!("`ebb drains` has no report of {pod}"))
     }
 
     /// Stops both, as a supervisor would.

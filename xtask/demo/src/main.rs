@@ -45,7 +45,9 @@ async fn show(arguments: &Arguments) -> Result<()> {
     say("starting a node: containerd, runc, a bridge network; making images from local files");
     let node = Node::start().await?;
     let without = without_ebb(&node).await.context("the round without ebb")?;
-    let with = with_ebb(&node, arguments).await.context("the round with ebb")?;
+    let with = with_ebb(&node, arguments)
+        .await
+        .context("the round with ebb")?;
     let outcome = outcome::Outcome::new(&without, &with)?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&outcome)?);
@@ -61,7 +63,9 @@ async fn without_ebb(node: &Node) -> Result<round::Round> {
 }
 
 async fn with_ebb(node: &Node, arguments: &Arguments) -> Result<outcome::WithEbb> {
-    say("round 2: ebb agent and ebb cri-proxy are started, the kubelet's calls go through the proxy");
+    say(
+        "round 2: ebb agent and ebb cri-proxy are started, the kubelet's calls go through the proxy",
+    );
     let mut ebb = ebb::Ebb::start(&arguments.ebb, node).await?;
     let kubelet = node.kubelet_at(ebb.cri_socket())?;
     let round = round::play(node, &kubelet, "web-with", Some(&ebb)).await?;

@@ -77,7 +77,10 @@ impl Outcome {
 
     /// The demo has shown what it is for, or it has failed.
     pub(crate) fn check(&self) -> Result<()> {
-        ensure!(self.without.failed > 0, "no request failed without ebb: this run shows nothing");
+        ensure!(
+            self.without.failed > 0,
+            "no request failed without ebb: this run shows nothing"
+        );
         ensure!(
             self.with.side.failed == 0,
             "{} of {} requests failed with ebb",
@@ -102,14 +105,30 @@ impl Outcome {
             row(label(*kind), cell(&self.without), cell(&self.with.side));
         }
         let all = |s: &Side| format!("{} of {}", s.failed, s.requests);
-        row("failed requests in all", all(&self.without), all(&self.with.side));
+        row(
+            "failed requests in all",
+            all(&self.without),
+            all(&self.with.side),
+        );
         let seconds = |ms: u128| format!("{}.{} s", ms / 1000, ms % 1000 / 100);
-        row("pod stopped after", seconds(self.without.stop_ms), seconds(self.with.side.stop_ms));
+        row(
+            "pod stopped after",
+            seconds(self.without.stop_ms),
+            seconds(self.with.side.stop_ms),
+        );
         row("held for", "-".into(), seconds(self.with.held_ms.into()));
-        row("last close to release", "-".into(), format!("{} µs", self.with.release_lag_us));
+        row(
+            "last close to release",
+            "-".into(),
+            format!("{} µs", self.with.release_lag_us),
+        );
         for (kind, tally) in &self.without.by_kind {
             for (error, times) in &tally.errors {
-                let _ = writeln!(out, "without ebb: {}: {error} ({times} times)", label(*kind));
+                let _ = writeln!(
+                    out,
+                    "without ebb: {}: {error} ({times} times)",
+                    label(*kind)
+                );
             }
         }
         out

@@ -38,11 +38,15 @@ pub(crate) async fn play(
 ) -> Result<Round> {
     let pod = scene::pod(node, kubelet, name).await?;
     let mut clients = scene::clients(&pod).await?;
-    say("clients are at work: 2 slow downloads, 8 requests that take 5 s, 6 idle keep-alive connections, 12 in an accept queue");
+    say(
+        "clients are at work: 2 slow downloads, 8 requests that take 5 s, 6 idle keep-alive connections, 12 in an accept queue",
+    );
     if let Some(ebb) = ebb {
         eprint!("{}", ebb.table(&["flows", name]).await?);
     }
-    say("the pod is stopped: StopContainer for each container with 30 s of grace, then StopPodSandbox; new connections keep coming for 3 s");
+    say(
+        "the pod is stopped: StopContainer for each container with 30 s of grace, then StopPodSandbox; new connections keep coming for 3 s",
+    );
     scene::stale(&mut clients, pod.v4(8080)?);
     let started = Instant::now();
     let stopping = kubelet.stop(&pod, scene::GRACE);
@@ -64,7 +68,10 @@ pub(crate) async fn play(
     }
     let tallies = clients.finish().await;
     kubelet.remove(&pod).await?;
-    say(&format!("the pod is gone after {:.1} s", stop.took.as_secs_f64()));
+    say(&format!(
+        "the pod is gone after {:.1} s",
+        stop.took.as_secs_f64()
+    ));
     Ok(Round {
         tallies,
         stop: stop.took,

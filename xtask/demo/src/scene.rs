@@ -49,7 +49,10 @@ pub(crate) async fn pod(node: &Node, kubelet: &Kubelet, name: &str) -> Result<Po
                 .mount(&conf, "/etc/nginx/conf.d")
                 .mount(&files, "/srv"),
         )
-        .container(ContainerSpec::fixture("upstream", &["serve", "--port", "9000"]))
+        .container(ContainerSpec::fixture(
+            "upstream",
+            &["serve", "--port", "9000"],
+        ))
         .container(ContainerSpec::fixture(
             "one-by-one",
             &["serve", "--port", "8081", "--one-by-one", "--delay", "250"],

@@ -1,0 +1,7 @@
+//! The CRI proxy at the level of its protocols, with a stand-in for the runtime that can misbehave at will.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod hold;
+mod passing;
+mod support;

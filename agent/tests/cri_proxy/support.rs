@@ -1,0 +1,409 @@
+//! What stands around the proxy in these tests: a real HTTP/2 server where the runtime would be, a scripted
+//! agent, and clients.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use ebb::hold::{
+    cri_proxy::{ProxyOptions, listen, serve},
+    wire::{HoldMessage, HoldRequest},
+};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{body::Incoming, client::conn::http2 as client, server::conn::http2 as server};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tonic::transport::{Channel, Endpoint};
+
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Body = BoxBody<Bytes, BoxError>;
+pub(crate) type Reply = Response<Body>;
+type Handler =
+    dyn Fn(Request<Incoming>) -> Pin<Box<dyn Future<Output = Reply> + Send>> + Send + Sync;
+
+/// Waits for something that must happen; panics after ten seconds.
+pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(10), what)
+        .await
+        .expect("should have happened by now")
+}
+
+/// A gRPC frame.
+pub(crate) fn frame(message: &[u8]) -> Bytes {
+    let mut frame = BytesMut::new();
+    frame.put_u8(0);
+    frame.put_u32(u32::try_from(message.len()).unwrap());
+    frame.put_slice(message);
+    frame.freeze()
+}
+
+pub(crate) fn grpc_frame(message: &impl prost::Message) -> Bytes {
+    frame(&message.encode_to_vec())
+}
+
+pub(crate) fn trailers(status: &'static str) -> HeaderMap {
+    HeaderMap::from_iter([(
+        http::HeaderName::from_static("grpc-status"),
+        HeaderValue::from_static(status),
+    )])
+}
+
+/// A body fed through a channel.
+pub(crate) fn channel() -> (mpsc::UnboundedSender<Result<Frame<Bytes>, BoxError>>, Body) {
+    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let stream = futures_util::stream::poll_fn(move |cx| receiver.poll_recv(cx));
+    (sender, BodyExt::boxed(StreamBody::new(stream)))
+}
+
+pub(crate) fn whole(data: Bytes, trailers: HeaderMap) -> Body {
+    Full::new(data)
+        .map_err(|e: Infallible| match e {})
+        .with_trailers(async { Some(Ok(trailers)) })
+        .boxed()
+}
+
+pub(crate) fn ok(data: Bytes) -> Reply {
+    grpc_reply(whole(data, trailers("0")))
+}
+
+pub(crate) fn grpc_reply(body: Body) -> Reply {
+    Response::builder()
+        .header("content-type", "application/grpc")
+        .body(body)
+        .unwrap()
+}
+
+/// UNIMPLEMENTED as gRPC servers say it: trailers-only.
+pub(crate) fn unimplemented() -> Reply {
+    let mut reply = grpc_reply(BodyExt::boxed(
+        http_body_util::Empty::new().map_err(|e: Infallible| match e {}),
+    ));
+    reply
+        .headers_mut()
+        .insert("grpc-status", HeaderValue::from_static("12"));
+    reply
+        .headers_mut()
+        .insert("grpc-message", HeaderValue::from_static("unknown method"));
+    reply
+}
+
+/// A whole call or reply as it arrived.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) uri: http::Uri,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) trailers: Option<HeaderMap>,
+}
+
+impl Seen {
+    pub(crate) async fn request(request: Request<Incoming>) -> Self {
+        let (head, body) = request.into_parts();
+        let body = body.collect().await.unwrap();
+        let trailers = body.trailers().cloned();
+        Self {
+            uri: head.uri,
+            headers: head.headers,
+            body: body.to_bytes(),
+            trailers,
+        }
+    }
+
+    pub(crate) async fn reply(reply: Response<Incoming>) -> Self {
+        let (head, body) = reply.into_parts();
+        assert_eq!(head.status, 200);
+        let body = body.collect().await.unwrap();
+        let trailers = body.trailers().cloned();
+        Self {
+            uri: http::Uri::default(),
+            headers: head.headers,
+            body: body.to_bytes(),
+            trailers,
+        }
+    }
+
+    pub(crate) fn decode<M: prost::Message + Default>(&self) -> M {
+        M::decode(&self.body[5..]).unwrap()
+    }
+}
+
+/// An HTTP/2 server in the runtime's place. Dropping it closes its connections and its socket.
+pub(crate) struct Runtime {
+    path: PathBuf,
+    _server: AbortOnDropHandle<()>,
+}
+
+impl Runtime {
+    pub(crate) fn start<F>(
+        path: &Path,
+        handler: impl Fn(Request<Incoming>) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Reply> + Send + 'static,
+    {
+        let handler: Arc<Handler> = Arc::new(move |request| Box::pin(handler(request)));
+        let listener = UnixListener::bind(path).unwrap();
+        let server = async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let handler = Arc::clone(&handler);
+                let service = hyper::service::service_fn(move |request| {
+                    let reply = handler(request);
+                    async move { Ok::<_, Infallible>(reply.await) }
+                });
+                connections.spawn(
+                    server::Builder::new(TokioExecutor::new())
+                        .auto_date_header(false)
+                        .max_header_list_size(1 << 20)
+                        .max_concurrent_streams(10_000)
+                        .serve_connection(TokioIo::new(stream), service),
+                );
+            }
+        };
+        Self {
+            path: path.to_owned(),
+            _server: AbortOnDropHandle::new(tokio::spawn(server)),
+        }
+    }
+
+    /// One that shows each call it gets and answers Version and StopContainer with success.
+    pub(crate) fn recording(path: &Path) -> (Self, mpsc::UnboundedReceiver<Seen>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let runtime = Self::start(path, move |request| {
+            let sender = sender.clone();
+            async move {
+                let seen = Seen::request(request).await;
+                let reply = match seen.uri.path().rsplit('/').next() {
+                    Some("Version") => ok(grpc_frame(&k8s_cri::v1::VersionResponse {
+                        runtime_name: "stand-in".into(),
+                        ..Default::default()
+                    })),
+                    Some("StopContainer" | "StopPodSandbox") => ok(frame(&[])),
+                    _ => unimplemented(),
+                };
+                let _ = sender.send(seen);
+                reply
+            }
+        });
+        (runtime, receiver)
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// One hold request as the scripted agent sees it.
+pub(crate) struct Conversation {
+    pub(crate) request: HoldRequest,
+    stream: UnixStream,
+}
+
+impl Conversation {
+    /// Sends a line.
+    pub(crate) async fn say(&mut self, message: &HoldMessage) {
+        self.say_raw(&format!("{}\n", serde_json::to_string(message).unwrap()))
+            .await;
+    }
+
+    pub(crate) async fn say_raw(&mut self, text: &str) {
+        // The proxy may be gone already.
+        let _ = self
+            .stream
+            .write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes())
+            .await;
+    }
+
+    /// Waits until the proxy has closed the connection.
+    pub(crate) async fn closed(&mut self) {
+        let mut byte = [0];
+        assert!(
+            !matches!(self.stream.read(&mut byte).await, Ok(1..)),
+            "nothing more is to be said"
+        );
+    }
+}
+
+/// Starts an agent that shows each hold request to the test, which answers by the conversation.
+pub(crate) fn agent(path: &Path) -> (AbortOnDropHandle<()>, mpsc::UnboundedReceiver<Conversation>) {
+    let listener = UnixListener::bind(path).unwrap();
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let server = async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                let request = read_request(&mut stream).await;
+                let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+                let _ = stream.write_all(head.as_bytes()).await;
+                let _ = sender.send(Conversation { request, stream });
+            });
+        }
+    };
+    (AbortOnDropHandle::new(tokio::spawn(server)), receiver)
+}
+
+async fn read_request(stream: &mut UnixStream) -> HoldRequest {
+    let mut read = Vec::new();
+    loop {
+        stream.read_buf(&mut read).await.unwrap();
+        let text = std::str::from_utf8(&read).unwrap();
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            assert!(head.starts_with("POST /v1/holds HTTP/1.1\r\n"), "{head}");
+            let head = head.to_ascii_lowercase();
+            let (_, length) = head.split_once("content-length: ").unwrap();
+            let length: usize = length.lines().next().unwrap().parse().unwrap();
+            if body.len() == length {
+                return serde_json::from_str(body).unwrap();
+            }
+        }
+    }
+}
+
+/// A proxy, and the places around it.
+pub(crate) struct Proxy {
+    directory: TempDir,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) serving: JoinHandle<()>,
+}
+
+impl Proxy {
+    pub(crate) async fn start() -> Self {
+        let directory = TempDir::new().unwrap();
+        let shutdown = CancellationToken::new();
+        let path = directory.path();
+        let listening = listen::bind(&path.join("proxy.sock")).await.unwrap();
+        let options = ProxyOptions::new(path.join("runtime.sock"), path.join("agent.sock"));
+        let serving = tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move {
+                serve(listening.listener, options, shutdown).await;
+                drop(listening.file);
+            }
+        });
+        Self {
+            directory,
+            shutdown,
+            serving,
+        }
+    }
+
+    pub(crate) fn runtime(&self) -> PathBuf {
+        self.directory.path().join("runtime.sock")
+    }
+
+    pub(crate) fn agent(&self) -> PathBuf {
+        self.directory.path().join("agent.sock")
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("proxy.sock")
+    }
+
+    /// A client that sends and shows everything as it is.
+    pub(crate) async fn raw(&self) -> RawClient {
+        RawClient::connect(&self.socket()).await
+    }
+
+    /// A CRI client.
+    pub(crate) async fn cri(&self) -> RuntimeServiceClient<Channel> {
+        let socket = self.socket();
+        let channel = Endpoint::from_static("http://localhost")
+            .connect_with_connector(tower::service_fn(move |_| {
+                let socket = socket.clone();
+                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            }))
+            .await
+            .unwrap();
+        RuntimeServiceClient::new(channel)
+    }
+}
+
+/// A bare HTTP/2 client. Dropping the last clone closes its connection, whatever is under way.
+#[derive(Clone)]
+pub(crate) struct RawClient {
+    pub(crate) sender: client::SendRequest<Body>,
+    pub(crate) connection: Arc<AbortOnDropHandle<()>>,
+}
+
+impl RawClient {
+    pub(crate) async fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).await.unwrap();
+        let (sender, connection) = client::Builder::new(TokioExecutor::new())
+            .initial_max_send_streams(10_000)
+            // What is not read must not be in the way of what is.
+            .initial_connection_window_size((1 << 31) - 1)
+            .max_header_list_size(1 << 20)
+            .handshake(TokioIo::new(stream))
+            .await
+            .unwrap();
+        let connection = tokio::spawn(async move {
+            let _ = connection.await;
+        });
+        Self {
+            sender,
+            connection: Arc::new(AbortOnDropHandle::new(connection)),
+        }
+    }
+
+    pub(crate) async fn send(
+        &self,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, hyper::Error> {
+        self.sender.clone().send_request(request).await
+    }
+
+    /// A unary call with these headers.
+    pub(crate) async fn unary(&self, path: &str, headers: &[(&str, &str)], body: Bytes) -> Seen {
+        let reply = self
+            .send(request(path, headers, whole(body, HeaderMap::new())))
+            .await
+            .unwrap();
+        Seen::reply(reply).await
+    }
+}
+
+pub(crate) fn request(path: &str, headers: &[(&str, &str)], body: Body) -> Request<Body> {
+    let mut request = Request::post(format!("http://localhost{path}"))
+        .header("te", "trailers")
+        .header("content-type", "application/grpc");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    request.body(body).unwrap()
+}
+
+/// Tells when it is dropped.
+pub(crate) struct Dropped(mpsc::UnboundedSender<()>);
+
+impl Dropped {
+    pub(crate) fn new() -> (Self, mpsc::UnboundedReceiver<()>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (Self(sender), receiver)
+    }
+}
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+    }
+}

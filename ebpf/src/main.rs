@@ -13,6 +13,8 @@
 )]
 
 mod account;
+mod bare_ack;
+mod iter;
 mod maps;
 mod seed;
 mod sock;

@@ -52,6 +52,8 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     sock_common_v6_daddr: 0,
     sock_common_v6_rcv_saddr: 0,
     inet_sock_sport: 0,
+    tcp_sock_rcv_nxt: 0,
+    tcp_sock_snd_wl1: 0,
 });
 
 /// The namespace in which pods are told apart by cgroup.

@@ -9,22 +9,15 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, generated::bpf_skc_to_tcp_sock};
+use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use ebb_common::{FlowRecord, ListenKey, ROLE_INBOUND, ROLE_OUTBOUND, is_flow, tcp_state::LISTEN};
 
 use crate::{
     account,
+    iter::{self, IterTcp},
     maps::{EPHEMERAL_PORTS, LISTENERS},
     sock::Sock,
 };
-
-/// The context of an `iter/tcp` program (`struct bpf_iter__tcp` in net/ipv4/tcp_ipv4.c).
-#[repr(C)]
-struct IterTcp {
-    meta: *const c_void,
-    sk_common: *const c_void,
-    uid: u32,
-}
 
 /// Returns 0: show the next one.
 ///
@@ -35,21 +28,14 @@ struct IterTcp {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn seed(ctx: *const IterTcp) -> i32 {
     // SAFETY: the kernel passes a valid context.
-    let sk_common = unsafe { (*ctx).sk_common };
-    if !sk_common.is_null() {
-        visit(sk_common);
+    if let Some(sk) = unsafe { iter::socket(ctx) } {
+        visit(sk);
     }
     0
 }
 
 #[inline(always)]
-fn visit(sk_common: *const c_void) -> Option<()> {
-    // SAFETY: the helper takes any socket and returns null for one that is no full TCP socket: request and
-    // TIME_WAIT sockets.
-    let sk: *const c_void = unsafe { bpf_skc_to_tcp_sock(sk_common.cast_mut()) }.cast();
-    if sk.is_null() {
-        return None;
-    }
+fn visit(sk: *const c_void) -> Option<()> {
     let sock = Sock(sk);
     let state = sock.state()?;
     let port = sock.num()?;

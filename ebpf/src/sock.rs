@@ -30,6 +30,16 @@ impl Sock {
         self.read(OFFSETS.load().sock_common_state)
     }
 
+    /// `tcp_sock.rcv_nxt`: the sequence number after the last byte received in order.
+    pub(crate) fn received_up_to(self) -> Option<u32> {
+        self.read(OFFSETS.load().tcp_sock_rcv_nxt)
+    }
+
+    /// `tcp_sock.snd_wl1`: the sequence number of the segment that last updated the send window.
+    pub(crate) fn window_updated_by(self) -> Option<u32> {
+        self.read(OFFSETS.load().tcp_sock_snd_wl1)
+    }
+
     /// The local port by `skc_num`: right for listeners and open flows, 0 when closing.
     pub(crate) fn num(self) -> Option<u16> {
         self.read(OFFSETS.load().sock_common_num)

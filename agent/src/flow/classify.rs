@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::sample::{Sample, TcpState};
 
+/// The longest that TCP delays an acknowledgement (`TCP_DELACK_MAX`, 200 ms, RFC 1122: 500 ms at most), and
+/// shorter than the least time to a keep-alive probe (1 s).
+const DELAYED_ACK: Duration = Duration::from_millis(500);
+
 /// What a flow is doing. Everything but [`FlowState::Idle`] is live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -102,12 +106,16 @@ fn is_quiet(s: &Sample, idle_after: Duration) -> bool {
 ///
 /// The kernel's times have jiffy resolution, so a fast answer carries the same time as its request, and
 /// so does a request that follows hard upon the previous answer. What tells them apart is the peer's
-/// acknowledgement: a request carries it along, an answer is followed by it.
+/// acknowledgement: a request carries it along, an answer is followed by it, bare and within the time for
+/// which acknowledgements are delayed. A later one may answer a keep-alive probe of the pod's instead, which
+/// says nothing, so it does not count.
 fn pod_spoke_last(s: &Sample) -> bool {
     if s.bytes_acked == 0 {
         // Nobody, or only the peer, has said anything.
         return false;
     }
     s.since_sent < s.since_received
-        || (s.since_sent == s.since_received && s.since_ack < s.since_received)
+        || (s.since_sent == s.since_received
+            && s.bare_ack
+            && s.since_received.saturating_sub(s.since_ack) <= DELAYED_ACK)
 }

@@ -103,8 +103,26 @@ pub struct Sample {
     pub since_received: Duration,
     /// Time since an acknowledgement last arrived (`tcpi_last_ack_recv`).
     pub since_ack: Duration,
+    /// The last segment from the peer was an acknowledgement without data: what the pod said before it has
+    /// been said after the peer's last byte. Only looked for where the times do not tell ([`Self::is_tie`]).
+    pub bare_ack: bool,
     /// The cgroup whose process made the socket, where the kernel tells (5.9 and later).
     pub cgroup: Option<CgroupId>,
     /// The BPF record, if the programs have one for it.
     pub record: Option<Record>,
 }
+
+impl Sample {
+    /// The times do not tell who spoke last: an established connection, at rest, whose last byte each way
+    /// moved within the same jiffy.
+    pub fn is_tie(&self) -> bool {
+        self.state == TcpState::Established
+            && self.unread == 0
+            && self.unacked == 0
+            && self.since_sent == self.since_received
+            && self.since_sent >= AT_REST
+    }
+}
+
+/// No `idle-after` is shorter.
+const AT_REST: Duration = Duration::from_millis(100);

@@ -46,6 +46,8 @@ pub(super) fn resolve(path: &Path) -> Result<Offsets, KernelError> {
         sock_common_v6_daddr: field("sock_common", "skc_v6_daddr")?,
         sock_common_v6_rcv_saddr: field("sock_common", "skc_v6_rcv_saddr")?,
         inet_sock_sport: field("inet_sock", "inet_sport")?,
+        tcp_sock_rcv_nxt: field("tcp_sock", "rcv_nxt")?,
+        tcp_sock_snd_wl1: field("tcp_sock", "snd_wl1")?,
     })
 }
 

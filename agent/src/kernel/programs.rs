@@ -10,11 +10,15 @@ use std::{
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, RingBuf},
-    programs::{BtfTracePoint, Iter},
+    programs::{BtfTracePoint, Iter, iter::IterLink},
 };
 use ebb_common::{EphemeralPorts, LOSSES, Workload, WorkloadKey};
 
-use super::{KernelError, netns, offsets, poll};
+use super::{
+    KernelError,
+    netns::{self, Netns},
+    offsets, poll,
+};
 use crate::ids::NetnsInode;
 
 /// The compiled programs, built by build.rs.
@@ -69,9 +73,11 @@ impl Programs {
         program::<BtfTracePoint>(&mut ebpf, "track")?
             .load("inet_sock_set_state", &btf)
             .map_err(|e| refused("the program tp_btf/inet_sock_set_state", e))?;
-        program::<Iter>(&mut ebpf, "seed")?
-            .load("tcp", &btf)
-            .map_err(|e| refused("the program iter/tcp", e))?;
+        for name in ["seed", "bare_ack"] {
+            program::<Iter>(&mut ebpf, name)?
+                .load("tcp", &btf)
+                .map_err(|e| refused("the program iter/tcp", e))?;
+        }
         if log {
             forward_logs(&mut ebpf)?;
         }
@@ -106,18 +112,12 @@ impl Programs {
     /// Walks the sockets of every network namespace that has a process. A namespace made meanwhile needs
     /// none: its sockets are all seen by the tracker.
     fn seed(&mut self) -> Result<(), KernelError> {
-        let seed: &mut Iter = program(&mut self.ebpf, "seed")?;
         for netns in netns::all() {
-            let link = seed
-                .attach()
-                .and_then(|id| seed.take_link(id))
-                .map_err(|e| refused("the program iter/tcp", e))?;
-            netns
-                .run(|| walk(link.into_file().map_err(io::Error::other)?))
-                .map_err(|source| KernelError::Io {
-                    what: format!("seeding the flows of network namespace {}", netns.inode().0),
-                    source,
-                })?;
+            let link = self.iterator("seed")?;
+            walk(link, &netns).map_err(|source| KernelError::Io {
+                what: format!("seeding the flows of network namespace {}", netns.inode().0),
+                source,
+            })?;
         }
         // Only seeding needs the listeners.
         let mut listeners: HashMap<_, ebb_common::ListenKey, u8> =
@@ -127,6 +127,14 @@ impl Programs {
             let _ = listeners.remove(&key);
         }
         Ok(())
+    }
+
+    /// A link of an iterator program, for one [`walk`].
+    pub(super) fn iterator(&mut self, name: &'static str) -> Result<IterLink, KernelError> {
+        let iter: &mut Iter = program(&mut self.ebpf, name)?;
+        iter.attach()
+            .and_then(|id| iter.take_link(id))
+            .map_err(|e| refused("the program iter/tcp", e))
     }
 
     /// Losses since the start, by `ebb_common::LOST_…`.
@@ -142,19 +150,16 @@ impl Programs {
     }
 }
 
-/// Reads the iterator to its end: the reading is what makes the kernel walk.
-fn walk(mut iterator: std::fs::File) -> io::Result<()> {
-    let mut buffer = [0; 4096];
+/// Has the kernel walk the TCP sockets of a namespace, and returns what the program wrote. The reading is
+/// what makes the kernel walk; the namespace is that of the thread which opens the iterator.
+pub(super) fn walk(link: IterLink, netns: &Netns) -> io::Result<Vec<u8>> {
+    let mut iterator = netns.run(|| link.into_file().map_err(io::Error::other))?;
+    let mut written = Vec::new();
     loop {
-        match iterator.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(_) => {}
+        match iterator.read_to_end(&mut written) {
+            Ok(_) => return Ok(written),
             // The kernel pauses after a million sockets without output (bpf_seq_read).
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(e),
         }
     }

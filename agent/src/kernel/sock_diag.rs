@@ -230,6 +230,7 @@ fn sample(mut m: Bytes<'_>) -> Option<Sample> {
         since_sent: Duration::ZERO,
         since_received: Duration::ZERO,
         since_ack: Duration::ZERO,
+        bare_ack: false,
         cgroup: None,
         record: None,
     };

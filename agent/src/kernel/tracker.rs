@@ -1,7 +1,7 @@
 //! The door to the kernel: look at a pod's sockets, watch a pod, find a connection.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
     os::fd::AsFd as _,
@@ -12,7 +12,9 @@ use ebb_common::{LOSSES, WorkloadKey};
 use tokio::sync::mpsc;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns, events, programs::Programs, sock_diag::SockDiag,
+    KernelError, KernelEvent, Look, Netns, events,
+    programs::{Programs, walk},
+    sock_diag::SockDiag,
 };
 use crate::{
     clock::BootTime,
@@ -56,7 +58,7 @@ pub struct Tracker {
 struct Inner {
     programs: Mutex<Programs>,
     /// Watched namespaces are kept open, so that looking works when the process they were found by is gone.
-    watched: Mutex<HashMap<NetnsInode, Netns>>,
+    watched: Mutex<HashMap<NetnsInode, Arc<Netns>>>,
     host: Netns,
 }
 
@@ -125,8 +127,12 @@ impl Tracker {
         remote: SocketAddr,
     ) -> io::Result<Option<Sample>> {
         let scope = scope.clone();
-        self.blocking(move |inner| inner.ask(&scope, |diag, _| diag.find(local, remote)))
-            .await
+        self.blocking(move |inner| {
+            inner.within(&scope, |netns| {
+                netns.run(SockDiag::open)?.find(local, remote)
+            })
+        })
+        .await
     }
 
     /// Has the events of a scope reported from now on.
@@ -137,7 +143,7 @@ impl Tracker {
     pub fn watch(&self, scope: &Scope) -> io::Result<()> {
         if let Scope::Netns { inode, pid } = scope {
             let netns = open(*inode, *pid)?;
-            lock(&self.inner.watched).insert(*inode, netns);
+            lock(&self.inner.watched).insert(*inode, Arc::new(netns));
         }
         let mut programs = lock(&self.inner.programs);
         for key in watch_keys(scope)? {
@@ -199,31 +205,51 @@ impl Tracker {
 impl Inner {
     fn look(&self, scope: &Scope) -> io::Result<Look> {
         let storage = lock(&self.programs).flows.try_clone()?;
-        self.ask(scope, |diag, cgroups| {
+        self.within(scope, |netns| {
             let taken_at = BootTime::now();
-            let mut samples = diag.dump(Some(storage.as_fd()))?;
-            if let Some(cgroups) = cgroups {
+            let mut samples = netns.run(SockDiag::open)?.dump(Some(storage.as_fd()))?;
+            // A host-network pod's sockets are those of its cgroups.
+            if let Scope::HostNetwork(cgroups) = scope {
                 samples.retain(|s| s.cgroup.is_some_and(|c| cgroups.contains(&c)));
+            }
+            if samples.iter().any(Sample::is_tie) {
+                self.break_ties(&mut samples, netns)?;
             }
             Ok(Look { taken_at, samples })
         })
     }
 
-    /// Asks in the namespace of `scope`; a host-network pod's sockets are those of its cgroups.
-    fn ask<T>(
-        &self,
-        scope: &Scope,
-        f: impl FnOnce(SockDiag, Option<&[CgroupId]>) -> io::Result<T>,
-    ) -> io::Result<T> {
+    /// Finds out whose word was the last where the kernel's times do not tell: a second walk, of the same
+    /// cost as the first, only where it is needed.
+    fn break_ties(&self, samples: &mut [Sample], netns: &Netns) -> io::Result<()> {
+        let link = lock(&self.programs)
+            .iterator("bare_ack")
+            .map_err(io::Error::other)?;
+        let written = walk(link, netns)?;
+        let cookies: HashSet<u64> = written
+            .as_chunks()
+            .0
+            .iter()
+            .map(|cookie| u64::from_ne_bytes(*cookie))
+            .collect();
+        for sample in samples {
+            sample.bare_ack = cookies.contains(&sample.cookie.0);
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with the namespace of `scope`.
+    fn within<T>(&self, scope: &Scope, f: impl FnOnce(&Netns) -> io::Result<T>) -> io::Result<T> {
         match scope {
             Scope::Netns { inode, pid } => {
-                let diag = match lock(&self.watched).get(inode) {
-                    Some(netns) => netns.run(SockDiag::open)?,
-                    None => open(*inode, *pid)?.run(SockDiag::open)?,
-                };
-                f(diag, None)
+                // Not under the lock: a look may take a while.
+                let watched = lock(&self.watched).get(inode).cloned();
+                match watched {
+                    Some(netns) => f(&netns),
+                    None => f(&open(*inode, *pid)?),
+                }
             }
-            Scope::HostNetwork(cgroups) => f(self.host.run(SockDiag::open)?, Some(cgroups)),
+            Scope::HostNetwork(_) => f(&self.host),
             Scope::Untracked(why) => Err(io::Error::other(why.clone())),
         }
     }

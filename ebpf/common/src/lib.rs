@@ -149,8 +149,10 @@ pub struct Offsets {
     pub sock_common_v6_daddr: u32,
     pub sock_common_v6_rcv_saddr: u32,
     pub inet_sock_sport: u32,
+    pub tcp_sock_rcv_nxt: u32,
+    pub tcp_sock_snd_wl1: u32,
 }
-const _: () = assert!(size_of::<Offsets>() == 64);
+const _: () = assert!(size_of::<Offsets>() == 72);
 
 /// The local ports that the kernel gives to active opens (`net.ipv4.ip_local_port_range`): an older flow
 /// on one of these without a listener is taken for outbound, on any other for inbound.

@@ -18,7 +18,7 @@ use tokio::time::{sleep, timeout};
 use crate::http::{Connection, Failure, Reply, get};
 
 /// How long a request may take unless its client says otherwise.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A kind of client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]

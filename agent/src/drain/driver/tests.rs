@@ -187,6 +187,7 @@ fn sample(cookie: u64) -> Sample {
         since_sent: Duration::ZERO,
         since_received: Duration::ZERO,
         since_ack: Duration::ZERO,
+        bare_ack: false,
         cgroup: None,
         record: Some(Record {
             direction: Direction::Inbound,

@@ -11,7 +11,9 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// A moment on the boot-time clock, in nanoseconds since boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct BootTime(u64);
 
@@ -48,6 +50,11 @@ impl BootTime {
             wall - now.since(self)
         }
     }
+}
+
+/// A duration in whole milliseconds, as reports give it.
+pub fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Add<Duration> for BootTime {

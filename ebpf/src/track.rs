@@ -108,7 +108,7 @@ fn emit(
     let Some(event) = event(sk, key, from, to, at) else {
         return;
     };
-    if EVENTS.output(&event, 0).is_err() {
+    if EVENTS.output(event, 0).is_err() {
         account::lost(LOST_EVENT);
         debug!(ctx, "ring buffer full");
     }

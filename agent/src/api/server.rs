@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
+    clock::{BootTime, millis},
     flow::{Direction, Snapshot},
     hold::{
         holding,
@@ -131,11 +132,22 @@ async fn flows(State(agent): State<Arc<Agent>>, Query(query): Query<FlowQuery>) 
 
 async fn drains(State(agent): State<Arc<Agent>>) -> Response {
     let view = agent.drains.view().borrow().clone();
-    let finished = view.finished.iter().map(|r| r.as_ref().clone());
+    let table = agent.pods.latest();
+    let mut drains = view.active.clone();
+    for report in &mut drains {
+        // A drain looks only when it has to; who asks wants to know what is open now.
+        if let Some(pod) = table.by_uid(&report.pod.uid)
+            && let Ok(snapshot) = agent.snapshot(pod).await
+        {
+            report.flows_now = Some(snapshot.counts());
+        }
+        report.held_ms += millis(BootTime::now().since(view.at));
+    }
+    drains.extend(view.finished.iter().map(|r| r.as_ref().clone()));
     Json(DrainList {
         schema: SCHEMA.into(),
         version: view.version,
-        drains: view.active.iter().cloned().chain(finished).collect(),
+        drains,
     })
     .into_response()
 }

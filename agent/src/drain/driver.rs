@@ -468,6 +468,7 @@ impl<K: Kernel> Drains<K> {
         });
         let view = DrainsView {
             version: self.view.borrow().version + 1,
+            at: now,
             active: active.collect(),
             finished: self.finished.iter().map(|f| f.report.clone()).collect(),
         };

@@ -28,14 +28,14 @@ pub use self::event::{Action, Event, Subject};
 use self::{
     flows::{NEVER, OpenFlows, Opened},
     looks::Looks,
-    tally::{Tally, millis},
+    tally::Tally,
 };
 use super::{
     policy::{Policy, Until},
     report::{Phase, Report},
 };
 use crate::{
-    clock::BootTime,
+    clock::{BootTime, millis},
     flow::{Flow, FlowState, Snapshot},
     hold::wire::ReleaseReason,
     ids::SocketCookie,

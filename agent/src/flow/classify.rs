@@ -119,3 +119,6 @@ fn pod_spoke_last(s: &Sample) -> bool {
             && s.bare_ack
             && s.since_received.saturating_sub(s.since_ack) <= DELAYED_ACK)
 }
+
+#[cfg(test)]
+mod tests;

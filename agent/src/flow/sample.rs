@@ -126,3 +126,29 @@ impl Sample {
 
 /// No `idle-after` is shorter.
 const AT_REST: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// An accepted connection that has only just been made.
+    pub(crate) fn sample() -> Sample {
+        Sample {
+            cookie: SocketCookie(1),
+            local: ([10, 0, 0, 2], 80).into(),
+            remote: ([10, 0, 0, 9], 5000).into(),
+            state: TcpState::Established,
+            unread: 0,
+            unacked: 0,
+            has_inode: true,
+            bytes_received: 0,
+            bytes_acked: 0,
+            since_sent: Duration::ZERO,
+            since_received: Duration::ZERO,
+            since_ack: Duration::ZERO,
+            bare_ack: false,
+            cgroup: None,
+            record: None,
+        }
+    }
+}

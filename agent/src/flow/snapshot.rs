@@ -181,3 +181,6 @@ impl Snapshot {
         counts
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use tokio::{
 use super::wire::{HeldCall, HoldMessage, HoldRequest, ReleaseReason};
 use crate::{
     agent::Agent,
-    clock::BootTime,
+    clock::{BootTime, millis},
     drain::driver::HoldOrder,
     ids::{ContainerId, SandboxId},
     pods::{
@@ -190,8 +190,4 @@ async fn hold(agent: &Agent, order: HoldOrder, to: &mpsc::Sender<HoldMessage>) -
         reason: report.reason.unwrap_or(ReleaseReason::Shutdown),
         held_ms: millis(BootTime::now().since(began)),
     }
-}
-
-fn millis(d: Duration) -> u64 {
-    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }

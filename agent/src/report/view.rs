@@ -3,14 +3,12 @@
 //! Every document has `"schema": "ebb.dev/v1"`. Within a schema fields are only ever added, durations are
 //! whole milliseconds (`…_ms`) and addresses are `IP:PORT` (IPv6 in brackets). Unknown is absent, never zero.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    time::Duration,
-};
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    clock::millis,
     drain::report::{PodName, Report},
     flow::{Direction, Exempt, Flow, FlowCounts, FlowState, Snapshot},
     ids::ContainerId,
@@ -121,7 +119,7 @@ impl PodView {
             flows: snapshot.map(Snapshot::counts),
             peers: snapshot.map(|_| count(peers.len())),
             exempt: snapshot.map(|s| count(s.flows.iter().filter(|f| f.exempt.is_some()).count())),
-            oldest_ms: holding().filter_map(|f| f.age).max().map(ms),
+            oldest_ms: holding().filter_map(|f| f.age).max().map(millis),
             untracked: seen.err(),
             warnings,
         }
@@ -195,9 +193,9 @@ impl FlowView {
             exempt: flow.exempt,
             local: flow.local,
             remote: flow.remote,
-            age_ms: flow.age.map(ms),
+            age_ms: flow.age.map(millis),
             older_than_agent: flow.older_than_agent,
-            quiet_ms: ms(flow.quiet_for),
+            quiet_ms: millis(flow.quiet_for),
             bytes_in: flow.bytes_in,
             bytes_out: flow.bytes_out,
         }
@@ -220,10 +218,6 @@ pub struct DrainList {
 pub struct Problem {
     /// One line: what failed on what, why, and what to do.
     pub error: String,
-}
-
-fn ms(d: Duration) -> u64 {
-    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn count(n: usize) -> u32 {

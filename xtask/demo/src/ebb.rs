@@ -119,6 +119,8 @@ fn spawn(command: &mut Command) -> Result<Child> {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
+        // What they log of a drain is in its report, which is shown.
+        .env("EBB_LOG", "warn")
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("starting {}", command.as_std().get_program().display()))

@@ -36,6 +36,8 @@ pub struct HoldOrder {
 pub struct DrainsView {
     /// Grows by one with each change.
     pub version: u64,
+    /// The moment of this view.
+    pub at: BootTime,
     /// Drains under way, oldest first. Their `held_ms` is of the moment of this view.
     pub active: Vec<Report>,
     /// Drains that are over, newest first.

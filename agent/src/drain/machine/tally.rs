@@ -9,7 +9,7 @@ use std::{
 
 use super::flows::OpenFlows;
 use crate::{
-    clock::BootTime,
+    clock::{BootTime, millis},
     drain::report::{Change, CutFlow, LatePeer, Phase},
     flow::{Flow, FlowCounts, FlowState, Snapshot},
 };
@@ -140,11 +140,6 @@ fn cut(flow: &Flow, since_look: Duration) -> CutFlow {
         bytes_in: flow.bytes_in,
         bytes_out: flow.bytes_out,
     }
-}
-
-/// Whole milliseconds.
-pub(super) fn millis(d: Duration) -> u64 {
-    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 use super::{allowance::Allowance, stop::StopCall};
 use crate::{
     api::client::{AgentClient, AgentError, JsonLines},
+    clock::millis,
     hold::wire::{FIRST_MESSAGE, HOLDS_PATH, HoldMessage, HoldRequest, ReleaseReason},
     ids::PodUid,
 };
@@ -85,9 +86,7 @@ pub(super) async fn hold(
     }
     let request = HoldRequest {
         call: call.to_wire(),
-        caller_patience_ms: allowance
-            .patience
-            .map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
+        caller_patience_ms: allowance.patience.map(millis),
     };
     let first = tokio::select! {
         first = timeout(FIRST_MESSAGE, ask(agent, &request)) => first,

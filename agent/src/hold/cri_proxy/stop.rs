@@ -17,6 +17,7 @@ use super::{
     protobuf::{self, Value},
 };
 use crate::{
+    clock::millis,
     hold::wire::HeldCall,
     ids::{ContainerId, SandboxId},
 };
@@ -112,7 +113,7 @@ impl StopCall {
         match self {
             Self::Container { id, timeout, .. } => HeldCall::StopContainer {
                 container: id.clone(),
-                timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+                timeout_ms: millis(*timeout),
             },
             Self::Sandbox { id } => HeldCall::StopPodSandbox {
                 sandbox: id.clone(),

@@ -42,7 +42,7 @@ pub use self::{
     kernel::{Kernel, LookError},
 };
 use super::{
-    journal::{Beginning, Journal},
+    journal::{self, Beginning, Journal},
     machine::{Action, Event, Machine, Subject},
     policy::PATIENCE_MARGIN,
     report::Report,
@@ -50,6 +50,7 @@ use super::{
 use crate::{
     clock::BootTime,
     flow::{Snapshot, TcpState},
+    hold::wire::ReleaseReason,
     ids::{CgroupId, NetnsInode, PodUid},
     kernel::{Edge, KernelEvent},
     pods::{Pod, Scope},
@@ -59,6 +60,14 @@ use crate::{
 const MAX_FINISHED: usize = 256;
 /// Views that differ only in counts of flows are published no more often than this.
 const VIEW_PACE: Duration = Duration::from_millis(100);
+/// For how long after a release the same answer is given: StopContainer follows its preStop wait, and the
+/// stops of a pod's containers each other, within moments. Later holds are checked against the kernel again,
+/// with the first deadline: a wait may have been asked for by hand, or for the restart of a container.
+const SAME_ANSWER: Duration = if cfg!(test) {
+    Duration::from_millis(300)
+} else {
+    Duration::from_secs(5)
+};
 
 /// Tells a drain from another one of the same pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,7 +86,18 @@ struct Active {
 struct Finished {
     id: DrainId,
     deadline: BootTime,
+    released: BootTime,
     report: Arc<Report>,
+}
+
+impl Finished {
+    /// Whether its report is also the answer to a hold that comes at `now`.
+    fn answers(&self, now: BootTime) -> bool {
+        let age = now.since(self.released);
+        // Who released it by hand meant the whole termination.
+        let by_hand = self.report.reason == Some(ReleaseReason::Manual);
+        age <= SAME_ANSWER || (by_hand && age <= journal::KEEP)
+    }
 }
 
 /// A look that came back.
@@ -223,7 +243,9 @@ impl<K: Kernel> Drains<K> {
                 };
             }
         }
-        if let Some(over) = self.finished.iter().find(|f| f.report.pod.uid == *uid) {
+        if let Some(over) = self.finished.iter().find(|f| f.report.pod.uid == *uid)
+            && over.answers(now)
+        {
             let state = HoldState {
                 deadline: over.deadline,
                 report: Some(over.report.clone()),
@@ -323,6 +345,7 @@ impl<K: Kernel> Drains<K> {
             let beginning = Beginning {
                 started: machine.started(),
                 deadline: machine.deadline(),
+                released: None,
             };
             self.memory.remember(&pod.name.uid, beginning);
         }
@@ -437,6 +460,12 @@ impl<K: Kernel> Drains<K> {
         self.by_uid.retain(|_, other| *other != id);
         self.by_netns.retain(|_, other| *other != id);
         self.by_cgroup.retain(|_, other| *other != id);
+        let beginning = Beginning {
+            started: machine.started(),
+            deadline: machine.deadline(),
+            released: Some(now),
+        };
+        self.memory.remember(&pod.name.uid, beginning);
         let report = Arc::new(Report {
             holds,
             ..machine.report(now)
@@ -445,6 +474,7 @@ impl<K: Kernel> Drains<K> {
         self.finished.push_front(Finished {
             id,
             deadline: machine.deadline(),
+            released: now,
             report: report.clone(),
         });
         self.finished.truncate(MAX_FINISHED);

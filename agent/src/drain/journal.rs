@@ -21,8 +21,10 @@ use crate::{clock::BootTime, ids::PodUid};
 
 /// Identifies a boot of the kernel (`random(4)`); the boot-time clock of another boot says nothing.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// How long after its deadline a beginning is of no use to anybody.
-const KEEP: Duration = Duration::from_secs(60 * 60);
+/// How long after its release (or its deadline, if nobody saw the release) a drain still belongs to the
+/// same termination. The kubelet retries a failed kill after 10 to 15 s. What comes later is another
+/// termination: a preStop wait runs for the restart of a container too, and the pod lives on.
+pub(super) const KEEP: Duration = Duration::from_secs(60);
 
 /// A beginning could not be written down or read.
 #[derive(Debug, thiserror::Error)]
@@ -49,12 +51,15 @@ pub struct Beginning {
     pub started: BootTime,
     /// The latest moment of release.
     pub deadline: BootTime,
+    /// The release, once there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub released: Option<BootTime>,
 }
 
 impl Beginning {
     /// Is it so long ago that no hold of this termination can come any more?
     pub fn is_over(&self, now: BootTime) -> bool {
-        self.deadline + KEEP < now
+        self.released.unwrap_or(self.deadline) + KEEP < now
     }
 }
 
@@ -200,6 +205,7 @@ mod tests {
     const BEGINNING: Beginning = Beginning {
         started: BootTime::from_nanos(5),
         deadline: BootTime::from_nanos(9),
+        released: None,
     };
     const NOW: BootTime = BootTime::from_nanos(10);
 

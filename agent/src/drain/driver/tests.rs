@@ -356,6 +356,24 @@ async fn holds_of_one_pod_join_one_drain_and_a_late_one_gets_the_same_report() {
 }
 
 #[tokio::test]
+async fn a_hold_long_after_a_drain_is_checked_anew_against_the_kernel() {
+    let house = house(vec![]);
+    let first = house.drains.hold(order(pod("a"), policy())).await;
+    assert_eq!(released(&first).await.reason, Some(ReleaseReason::Drained));
+    tokio::time::sleep(SAME_ANSWER + QUIET).await;
+
+    let again = house.drains.hold(order(pod("a"), policy())).await;
+    assert_eq!(again.deadline(), first.deadline(), "the same termination");
+    assert_eq!(released(&again).await.reason, Some(ReleaseReason::Drained));
+    tokio::time::sleep(SAME_ANSWER + QUIET).await;
+
+    house.kernel.script().samples = vec![sample(1)];
+    let held = house.drains.hold(order(pod("a"), policy())).await;
+    let early = timeout(5 * QUIET, held.released()).await;
+    assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
 async fn a_dropped_hold_is_given_up_and_the_drain_goes_on() {
     let house = house(vec![sample(1)]);
     let hold = house.drains.hold(order(pod("a"), policy())).await;

@@ -22,7 +22,7 @@ pub(crate) fn demo(options: &Options) -> Result<()> {
     say("building ebb and the demo");
     run(cargo()
         .args(["build", "--release", "--locked", "--quiet"])
-        .args(["--package", "ebb", "--package", "ebb-node"]))?;
+        .args(["--package", "ebb", "--package", "ebb-demo"]))?;
     let release = target().join("release");
     let mut demo = command(release.join("ebb-demo"));
     demo.arg("--ebb").arg(release.join("ebb"));

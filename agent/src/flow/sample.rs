@@ -113,6 +113,15 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// Payload bytes from the peer: the kernel counts the peer's FIN as one more.
+    pub const fn payload_received(&self) -> u64 {
+        let fin = matches!(
+            self.state,
+            TcpState::CloseWait | TcpState::LastAck | TcpState::Closing
+        );
+        self.bytes_received.saturating_sub(fin as u64)
+    }
+
     /// The times do not tell who spoke last: an established connection, at rest, whose last byte each way
     /// moved within the same jiffy.
     pub fn is_tie(&self) -> bool {

@@ -159,7 +159,7 @@ impl Snapshot {
                     age: s.record.map(|r| taken_at.since(r.opened_at)),
                     older_than_agent: s.record.is_none_or(|r| r.seeded),
                     quiet_for: s.since_sent.min(s.since_received),
-                    bytes_in: s.bytes_received,
+                    bytes_in: s.payload_received(),
                     bytes_out: s.bytes_acked,
                 })
             })

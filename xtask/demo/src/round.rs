@@ -14,6 +14,9 @@ use ebb_node::{
 
 use crate::{ebb::Ebb, say, scene};
 
+/// How often the flows are shown while they drain.
+const LOOK_EVERY: Duration = Duration::from_secs(4);
+
 /// How a round went.
 pub(crate) struct Round {
     /// What became of each kind of client's requests.
@@ -51,14 +54,15 @@ pub(crate) async fn play(
     let started = Instant::now();
     let stopping = kubelet.stop(&pod, scene::GRACE);
     tokio::pin!(stopping);
-    let mut look = tokio::time::interval(Duration::from_secs(2));
+    let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK_EVERY, LOOK_EVERY);
     let stop = loop {
         tokio::select! {
             stop = &mut stopping => break stop,
             _ = look.tick(), if ebb.is_some() => {
                 if let Some(ebb) = ebb {
-                    eprintln!("    {:.1} s", started.elapsed().as_secs_f64());
+                    say(&format!("{:.0} s later", started.elapsed().as_secs_f64()));
                     eprint!("{}", ebb.table(&["drains"]).await?);
+                    eprint!("{}", ebb.table(&["flows", name]).await?);
                 }
             }
         }

@@ -100,6 +100,24 @@ fn counts_are_of_the_flows_that_hold() {
 }
 
 #[test]
+fn the_peers_fin_is_not_a_byte() {
+    let inbound = || connection(Some(Direction::Inbound), "10.0.0.2:80", "10.0.0.9:5000");
+    let samples = [
+        Sample {
+            bytes_received: 5,
+            ..inbound()
+        },
+        Sample {
+            bytes_received: 6,
+            state: TcpState::CloseWait,
+            ..inbound()
+        },
+    ];
+    let snapshot = Snapshot::new(NOW, &samples, IDLE_AFTER, |_| true);
+    assert!(snapshot.flows.iter().all(|f| f.bytes_in == 5));
+}
+
+#[test]
 fn ages_count_from_the_handshake() {
     let samples = [connection(
         Some(Direction::Inbound),

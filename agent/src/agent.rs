@@ -83,7 +83,7 @@ pub enum StartError {
         lock: PathBuf,
     },
     /// The run directory is no good.
-    #[error("can't use the run directory {}: make it writable for root, or choose another with --run-dir", path.display())]
+    #[error("can't use the run directory {}: {source}; make it writable for root, or choose another with --run-dir", path.display())]
     RunDir {
         /// The directory or a file in it.
         path: PathBuf,
@@ -91,7 +91,7 @@ pub enum StartError {
         source: io::Error,
     },
     /// A port can't be had.
-    #[error("can't listen on {address}: choose another with --http")]
+    #[error("can't listen on {address}: {source}; choose another with --http")]
     Port {
         /// The address.
         address: SocketAddr,

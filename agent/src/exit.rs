@@ -34,7 +34,8 @@ pub fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
         let text = cause.to_string().replace('\n', "; ");
-        if !line.ends_with(&text) {
+        // Some say their cause themselves, where it reads better.
+        if !line.contains(&text) {
             if !line.is_empty() {
                 line.push_str(": ");
             }

@@ -40,8 +40,8 @@ const LONGEST_REFUSAL: usize = 4 << 10;
 pub enum AgentError {
     /// Nobody listens at the socket.
     #[error(
-        "the ebb agent is not running on this node: nobody listens at {}. Is its DaemonSet's pod ready \
-         here, and is its socket's directory mounted from the host?",
+        "the ebb agent is not running on this node: nobody listens at {} ({source}); start it, or name its \
+         socket with --agent",
         .socket.display()
     )]
     NotRunning {

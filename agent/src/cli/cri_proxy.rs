@@ -33,7 +33,6 @@ pub(super) struct Flags {
 pub(super) async fn run(flags: Flags) -> Result<()> {
     let stop = stop_on_signal()?;
     let listening = listen(&flags.listen).await?;
-    tracing::info!(runtime = %flags.runtime.display(), "passing CRI calls through");
     serve(
         listening.listener,
         ProxyOptions::new(flags.runtime, flags.agent.socket),

@@ -42,7 +42,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum CriError {
     /// Nobody listens there.
     #[error(
-        "cannot reach the container runtime at {}; is containerd running? set --cri-socket to its socket",
+        "cannot reach the container runtime at {}: {source}; is containerd running? set --cri-socket to its socket",
         path.display()
     )]
     Unreachable {

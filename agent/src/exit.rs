@@ -3,8 +3,8 @@
 use std::{error::Error, io, process::ExitCode};
 
 use crate::{
-    agent::StartError, api::client::AgentError, hold::cri_proxy::listen::ListenError,
-    kernel::KernelError, pods::cri::CriError,
+    api::client::AgentError, hold::cri_proxy::listen::ListenError, kernel::KernelError,
+    pods::cri::CriError, start::StartError,
 };
 
 /// For `ebb --help` and the README.
@@ -25,28 +25,6 @@ Exit status:
 /// The exit status for an error: of the first cause in its chain that has one.
 pub fn code(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(error.chain().find_map(status).unwrap_or(1))
-}
-
-/// An error and its causes on one line, each said once.
-pub fn one_line(error: &anyhow::Error) -> String {
-    /// A verifier log is of use to those who debug ebb; `EBB_LOG=debug` has no more of it than this.
-    const LONGEST: usize = 1000;
-    let mut line = String::new();
-    for cause in error.chain() {
-        let text = cause.to_string().replace('\n', "; ");
-        // Some say their cause themselves, where it reads better.
-        if !line.contains(&text) {
-            if !line.is_empty() {
-                line.push_str(": ");
-            }
-            line.push_str(&text);
-        }
-    }
-    if let Some((end, _)) = line.char_indices().nth(LONGEST) {
-        line.truncate(end);
-        line.push('…');
-    }
-    line
 }
 
 fn status(cause: &(dyn Error + 'static)) -> Option<u8> {
@@ -114,14 +92,6 @@ fn is_permission(e: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn causes_are_on_one_line_and_not_repeated() {
-        let e = anyhow::anyhow!("disk\nfull")
-            .context("disk\nfull")
-            .context("writing x");
-        assert_eq!(one_line(&e), "writing x: disk; full");
-    }
 
     #[test]
     fn each_kind_of_trouble_has_its_status_also_below_a_context() {

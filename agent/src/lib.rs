@@ -12,3 +12,4 @@ pub mod ids;
 pub mod kernel;
 pub mod pods;
 pub mod report;
+pub mod start;

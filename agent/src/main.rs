@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use ebb::{cli::Cli, exit};
+use ebb::{cli::Cli, exit, report::text::one_line};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("ebb: {}", exit::one_line(&e));
+            eprintln!("ebb: {}", one_line(&e));
             exit::code(&e)
         }
     }

@@ -35,6 +35,7 @@ use crate::{
         wire::{HOLDS_PATH, HoldRequest},
     },
     pods::{Pod, table::PodTable},
+    report::text::one_line,
     report::view::{
         DrainList, FlowList, FlowView, PodList, PodView, Problem, SCHEMA, UntrackedPod,
     },
@@ -208,13 +209,10 @@ async fn fresh(agent: &Agent) -> Result<Arc<PodTable>, Response> {
         Err(e) => {
             let known = agent.pods.latest();
             if known.is_empty() {
-                let e = crate::exit::one_line(&e.into());
+                let e = one_line(&e.into());
                 return Err(problem(StatusCode::BAD_GATEWAY, e));
             }
-            tracing::warn!(
-                "{}; showing the pods known before",
-                crate::exit::one_line(&e.into())
-            );
+            tracing::warn!("{}; showing the pods known before", one_line(&e.into()));
             Ok(known)
         }
     }

@@ -8,9 +8,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    agent::{self, Config},
     drain::policy::{Policy, Until},
     pods::kube::KubeMode,
+    start::{self, Config},
 };
 
 #[derive(Args)]
@@ -125,7 +125,7 @@ pub(super) async fn run(flags: Flags) -> Result<()> {
             ..Policy::default()
         },
     };
-    agent::start(config).await?.serve(stop).await;
+    start::start(config).await?.serve(stop).await;
     Ok(())
 }
 

@@ -1,89 +1,16 @@
 //! Answering a holder's request (`POST /v1/holds`): is this stop to be held, and for how long?
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    sync::{Notify, mpsc},
-    time::sleep,
-};
+use tokio::sync::mpsc;
 
 use super::wire::{HeldCall, HoldMessage, HoldRequest, ReleaseReason};
 use crate::{
     agent::Agent,
     clock::{BootTime, millis},
     drain::driver::HoldOrder,
-    ids::{ContainerId, SandboxId},
-    pods::{
-        Pod,
-        kube::LONGEST_WAIT,
-        table::PodTable,
-        terminating::{Evidence, StopWatch, Verdict},
-    },
+    pods::{Pod, kube::LONGEST_WAIT, table::PodTable, terminating::Evidence},
 };
-
-/// Decides who is terminating; see [`crate::pods::terminating`].
-pub struct Judge {
-    stops: Mutex<StopWatch>,
-    another: Notify,
-}
-
-impl Judge {
-    /// `hold_unknown`: hold also where nobody can tell.
-    pub fn new(hold_unknown: bool) -> Self {
-        Self {
-            stops: Mutex::new(StopWatch::new(hold_unknown)),
-            another: Notify::new(),
-        }
-    }
-
-    /// Whether stopping `container` is part of its pod's end. Waits a moment if that is what it takes.
-    async fn is_end(
-        &self,
-        pod: &Pod,
-        container: &ContainerId,
-        evidence: Evidence,
-    ) -> Result<&'static str, &'static str> {
-        let mut verdict = self
-            .stops()
-            .stop_requested(pod, container, evidence, BootTime::now());
-        self.another.notify_waiters();
-        loop {
-            let wait = match verdict {
-                Verdict::Yes(why) => return Ok(why.name()),
-                Verdict::No(why) => return Err(why.name()),
-                Verdict::WaitUntil(moment) => moment.since(BootTime::now()),
-            };
-            // Registered before asking again, so that no stop in between is missed.
-            let another = self.another.notified();
-            verdict = self
-                .stops()
-                .ask_again(pod, container, evidence, BootTime::now());
-            if matches!(verdict, Verdict::WaitUntil(_)) {
-                tokio::select! {
-                    () = another => {}
-                    () = sleep(wait) => {}
-                }
-                verdict = self
-                    .stops()
-                    .ask_again(pod, container, evidence, BootTime::now());
-            }
-        }
-    }
-
-    fn sandbox_stops(&self, sandbox: &SandboxId) {
-        self.stops()
-            .sandbox_stop_requested(sandbox, BootTime::now());
-        self.another.notify_waiters();
-    }
-
-    fn stops(&self) -> std::sync::MutexGuard<'_, StopWatch> {
-        // What it remembers is right after every call, also one that panicked.
-        self.stops.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Answers one request, message by message. Ends early, giving the hold up, when nobody listens any more.
 pub async fn answer(agent: Arc<Agent>, request: HoldRequest, to: mpsc::Sender<HoldMessage>) {

@@ -14,7 +14,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::caller::{self, Ends};
-use crate::{agent::Agent, drain::driver::HoldOrder, report::view::Problem};
+use crate::{
+    agent::Agent,
+    drain::driver::HoldOrder,
+    report::{text::one_line, view::Problem},
+};
 
 /// Serves until `stop`; requests under way are ended by the release of their holds.
 pub async fn serve(listener: TcpListener, agent: Arc<Agent>, stop: CancellationToken) {
@@ -83,10 +87,7 @@ async fn wait(
 async fn ready(State(agent): State<Arc<Agent>>) -> Response {
     match tokio::time::timeout(Duration::from_secs(2), agent.pods.refresh()).await {
         Ok(Ok(table)) => format!("ready: {} pods\n", table.len()).into_response(),
-        Ok(Err(e)) => problem(
-            StatusCode::SERVICE_UNAVAILABLE,
-            crate::exit::one_line(&e.into()),
-        ),
+        Ok(Err(e)) => problem(StatusCode::SERVICE_UNAVAILABLE, one_line(&e.into())),
         Err(_) => problem(
             StatusCode::SERVICE_UNAVAILABLE,
             "waiting for the container runtime to answer".into(),

@@ -1,4 +1,4 @@
-//! Durations and sizes for people.
+//! Durations, sizes and errors for people.
 
 /// Milliseconds, in at most two units: `840ms`, `8.2s`, `12m31s`, `3h04m`, `2d07h`.
 pub fn duration(ms: u64) -> String {
@@ -33,6 +33,28 @@ pub fn bytes(n: u64) -> String {
     } else {
         format!("{}{unit}", tenths / 10)
     }
+}
+
+/// An error and its causes on one line, each said once.
+pub fn one_line(error: &anyhow::Error) -> String {
+    /// A verifier log is of use to those who debug ebb; `EBB_LOG=debug` has no more of it than this.
+    const LONGEST: usize = 1000;
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string().replace('\n', "; ");
+        // Some say their cause themselves, where it reads better.
+        if !line.contains(&text) {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&text);
+        }
+    }
+    if let Some((end, _)) = line.char_indices().nth(LONGEST) {
+        line.truncate(end);
+        line.push('…');
+    }
+    line
 }
 
 #[cfg(test)]
@@ -70,5 +92,13 @@ mod tests {
         for (n, text) in cases {
             assert_eq!(bytes(n), text);
         }
+    }
+
+    #[test]
+    fn causes_are_on_one_line_and_not_repeated() {
+        let e = anyhow::anyhow!("disk\nfull")
+            .context("disk\nfull")
+            .context("writing x");
+        assert_eq!(one_line(&e), "writing x: disk; full");
     }
 }

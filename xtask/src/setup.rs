@@ -9,57 +9,33 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     preflight,
-    process::{cargo, command, output, root, run, say, succeeds, target},
+    process::{cargo, command, root, run, say, succeeds, target},
 };
 
 /// bpf-linker's version; it must be built against the LLVM of the compiler it links for, or a later one.
 const BPF_LINKER: &str = "0.13.0";
 
-/// Debian packages to install: (package, a file it brings, what for).
-const PACKAGES: &[(&str, &str, &str)] = &[
-    ("gcc", "/usr/bin/cc", "linking"),
-    ("libc6-dev", "/usr/include/stdlib.h", "linking"),
-    (
-        "protobuf-compiler",
-        "/usr/bin/protoc",
-        "compiling the CRI's protocol",
-    ),
-    ("iproute2", "/usr/sbin/ip", "networks for tests"),
-    (
-        "libseccomp2",
-        "/usr/lib/x86_64-linux-gnu/libseccomp.so.2",
-        "runc",
-    ),
-    (
-        "libcrypt1",
-        "/usr/lib/x86_64-linux-gnu/libcrypt.so.1",
-        "nginx",
-    ),
-    ("libssl3", "/usr/lib/x86_64-linux-gnu/libssl.so.3", "nginx"),
-    ("zlib1g", "/usr/lib/x86_64-linux-gnu/libz.so.1", "nginx"),
-    (
-        "libpcre2-8-0",
-        "/usr/lib/x86_64-linux-gnu/libpcre2-8.so.0",
-        "nginx",
-    ),
+/// Debian packages to install, and what for.
+const PACKAGES: &[(&str, &str)] = &[
+    ("gcc", "linking"),
+    ("libc6-dev", "linking"),
+    ("protobuf-compiler", "compiling the CRI's protocol"),
+    ("iproute2", "networks in tests"),
+    ("libseccomp2", "runc"),
+    ("libcrypt1", "nginx"),
+    ("libpcre2-8-0", "nginx"),
+    ("libssl3", "nginx"),
+    ("zlib1g", "nginx"),
 ];
 
 /// Debian's Rust compiler with sources of `core`, for a machine whose rustup can't have them.
-const BPF_RUST: &[(&str, &str, &str)] = &[
-    ("rustc-web", "/usr/bin/rustc", "compiling the BPF programs"),
-    ("cargo-web", "/usr/bin/cargo", "compiling the BPF programs"),
-    (
-        "rust-web-src",
-        "/usr/lib/rustlib/src/rust/library/core/src/lib.rs",
-        "compiling the BPF programs",
-    ),
+const BPF_RUST: &[(&str, &str)] = &[
+    ("rustc-web", "compiling the BPF programs"),
+    ("cargo-web", "compiling the BPF programs"),
+    ("rust-web-src", "compiling the BPF programs"),
 ];
 
-const LLVM: &[(&str, &str, &str)] = &[(
-    "llvm-22-dev",
-    "/usr/lib/llvm-22/bin/llvm-config",
-    "building bpf-linker",
-)];
+const LLVM: &[(&str, &str)] = &[("llvm-22-dev", "building bpf-linker")];
 
 /// Packages to unpack, with a file that each brings.
 const PARTS: &[(&str, &str)] = &[
@@ -95,21 +71,25 @@ pub(crate) fn ensure() -> Result<()> {
 
 /// Whether a rustup toolchain exists and has the sources of `core`. The same question as in agent/build.rs.
 fn has_core_sources(toolchain: &str) -> bool {
-    output(
-        command("rustup")
-            .args(["run", toolchain, "rustc", "--print", "sysroot"])
-            .env_remove("RUSTUP_TOOLCHAIN")
-            .stderr(std::process::Stdio::null()),
-    )
-    .is_ok_and(|sysroot| {
-        Path::new(sysroot.trim())
-            .join("lib/rustlib/src/rust/library/core")
-            .exists()
+    let sysroot = command("rustup")
+        .args(["run", toolchain, "rustc", "--print", "sysroot"])
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .output();
+    sysroot.is_ok_and(|out| {
+        out.status.success()
+            && Path::new(String::from_utf8_lossy(&out.stdout).trim())
+                .join("lib/rustlib/src/rust/library/core")
+                .exists()
     })
 }
 
 fn has_linker() -> bool {
-    output(command("bpf-linker").arg("--version")).is_ok_and(|v| v.trim().ends_with(BPF_LINKER))
+    let version = command("bpf-linker").arg("--version").output();
+    version.is_ok_and(|out| {
+        String::from_utf8_lossy(&out.stdout)
+            .trim()
+            .ends_with(BPF_LINKER)
+    })
 }
 
 fn install_linker() -> Result<()> {
@@ -125,22 +105,33 @@ fn install_linker() -> Result<()> {
         .current_dir("/"))
 }
 
-fn install(wanted: &[&(&str, &str, &str)]) -> Result<()> {
+fn install(wanted: &[&(&str, &str)]) -> Result<()> {
+    // Fails if one is unknown, and lists those that are known all the same.
+    let known = command("dpkg-query")
+        .args(["--show", "--showformat=${Package} ${db:Status-Status}\n"])
+        .args(wanted.iter().map(|(package, _)| package))
+        .output()
+        .context("starting dpkg-query")?;
+    let known = String::from_utf8_lossy(&known.stdout);
+    let is_installed = |package: &str| {
+        let installed = format!("{package} installed");
+        known.lines().any(|line| line == installed)
+    };
     let missing: Vec<_> = wanted
         .iter()
-        .filter(|(_, file, _)| !Path::new(file).exists())
+        .filter(|(package, _)| !is_installed(package))
         .collect();
     if missing.is_empty() {
         return Ok(());
     }
     say("installing Debian packages:");
-    for (package, _, what_for) in &missing {
+    for (package, what_for) in &missing {
         eprintln!("      {package} ({what_for})");
     }
     apt_update()?;
     run(apt_get()
         .args(["install", "--yes", "--no-install-recommends"])
-        .args(missing.iter().map(|(package, ..)| package)))
+        .args(missing.iter().map(|(package, _)| package)))
 }
 
 fn unpack_parts() -> Result<()> {

@@ -8,25 +8,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
-/// Debian packages to unpack into the parts directory.
-pub const UNPACKED: &[&str] = &[
-    "containerd",
-    "runc",
-    "containernetworking-plugins",
-    "nginx",
-    "nginx-common",
-];
-
-/// Debian packages to install: the shared libraries of runc and nginx. They are on almost every Debian
-/// machine already, but nothing promises so.
-pub const INSTALLED: &[&str] = &[
-    "libcrypt1",
-    "libpcre2-8-0",
-    "libseccomp2",
-    "libssl3",
-    "zlib1g",
-];
-
 /// The unpacked runtime parts.
 #[derive(Debug, Clone)]
 pub struct Parts {

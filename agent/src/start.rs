@@ -22,6 +22,7 @@ use crate::{
         journal::Journal,
         policy::Policy,
     },
+    flow::Flow,
     hold::{
         cri_proxy::listen::{self, ListenError, SocketFile},
         judge::Judge,
@@ -103,6 +104,12 @@ pub enum StartError {
 impl Kernel for Tracker {
     async fn look(&self, scope: &Scope) -> Result<Look, LookError> {
         Self::look(self, scope).await.map_err(look_error)
+    }
+
+    async fn close_idle(&self, scope: &Scope, idle: Vec<Flow>) -> Result<u32, LookError> {
+        Self::close_idle(self, scope, idle)
+            .await
+            .map_err(look_error)
     }
 
     fn watch(&self, scope: &Scope) -> Result<(), LookError> {

@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    drain::policy::{Policy, Until},
+    drain::policy::{IdleFlows, Policy, Until},
     pods::kube::KubeMode,
     start::{self, Config},
 };
@@ -74,6 +74,14 @@ struct PolicyFlags {
     /// settled (no new ones arrive).
     #[arg(long, env = "EBB_UNTIL", default_value = "zero", value_name = "WHAT")]
     until: Until,
+    /// What to do with idle connections while a pod drains: keep them, or close them gracefully.
+    #[arg(
+        long,
+        env = "EBB_IDLE_FLOWS",
+        default_value = "keep",
+        value_name = "WHAT"
+    )]
+    idle_flows: IdleFlows,
     /// The settle phase ends when no new connection has arrived for this long …
     #[arg(long, env = "EBB_QUIET", default_value = "3s", value_parser = duration, value_name = "DURATION")]
     quiet: Duration,
@@ -117,6 +125,7 @@ pub(super) async fn run(flags: Flags) -> Result<()> {
         bpf_log: flags.bpf_log,
         policy: Policy {
             until: p.until,
+            idle_flows: p.idle_flows,
             quiet: p.quiet,
             settle_max: p.settle_max,
             idle_after: p.idle_after,

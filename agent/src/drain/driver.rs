@@ -31,6 +31,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
+use tracing::warn;
 
 use self::{
     handle::{Command, HoldState, Joined, Place},
@@ -49,7 +50,7 @@ use super::{
 };
 use crate::{
     clock::BootTime,
-    flow::{Snapshot, TcpState},
+    flow::TcpState,
     hold::wire::ReleaseReason,
     ids::{CgroupId, NetnsInode, PodUid},
     kernel::{Edge, KernelEvent},
@@ -100,10 +101,10 @@ impl Finished {
     }
 }
 
-/// A look that came back.
-struct LookResult {
+/// What an action of a machine led to.
+struct Answer {
     drain: DrainId,
-    result: Result<Snapshot, String>,
+    event: Event,
 }
 
 /// All drains of the node.
@@ -115,8 +116,8 @@ pub struct Drains<K> {
     commands: mpsc::UnboundedReceiver<Command>,
     /// Weak, so that the driver ends with the last handle and hold.
     own_commands: mpsc::WeakUnboundedSender<Command>,
-    looks: mpsc::UnboundedReceiver<LookResult>,
-    look_results: mpsc::UnboundedSender<LookResult>,
+    answers: mpsc::UnboundedReceiver<Answer>,
+    answers_in: mpsc::UnboundedSender<Answer>,
     notices: mpsc::UnboundedSender<DrainNotice>,
     view: watch::Sender<Arc<DrainsView>>,
     memory: Memory,
@@ -148,7 +149,7 @@ impl<K: Kernel> Drains<K> {
         notices: mpsc::UnboundedSender<DrainNotice>,
     ) -> DrainHandle {
         let (commands_in, commands) = mpsc::unbounded_channel();
-        let (look_results, looks) = mpsc::unbounded_channel();
+        let (answers_in, answers) = mpsc::unbounded_channel();
         let (view, view_out) = watch::channel(Arc::default());
         let driver = Self {
             kernel,
@@ -156,8 +157,8 @@ impl<K: Kernel> Drains<K> {
             blind: None,
             commands,
             own_commands: commands_in.downgrade(),
-            looks,
-            look_results,
+            answers,
+            answers_in,
             notices,
             view,
             memory: Memory::new(journal),
@@ -196,13 +197,13 @@ impl<K: Kernel> Drains<K> {
                     }
                     Some(Command::Shutdown) | None => break,
                 },
-                Some(LookResult { drain, result }) = self.looks.recv() => {
+                Some(Answer { drain, event }) = self.answers.recv() => {
                     // A look is worth what was known when it came back: edges first.
                     for _ in 0..self.events.len() {
                         let event = self.events.try_recv().ok();
                         self.kernel_event(event);
                     }
-                    self.step(drain, result.map_or_else(Event::LookFailed, Event::Looked));
+                    self.step(drain, event);
                 }
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
                     self.step_all(&Event::Tick);
@@ -429,18 +430,33 @@ impl<K: Kernel> Drains<K> {
             .send_if_modified(|s| std::mem::replace(&mut s.deadline, deadline) != deadline);
         match action {
             Some(Action::Look) => {
-                let results = self.look_results.clone();
                 let look = look(self.kernel.clone(), &active.pod, active.machine.policy());
-                tokio::spawn(async move {
-                    let _ = results.send(LookResult {
-                        drain: id,
-                        result: look.await,
-                    });
+                self.answer_with(id, async move {
+                    look.await.map_or_else(Event::LookFailed, Event::Looked)
+                });
+            }
+            Some(Action::CloseIdle(idle)) => {
+                let (kernel, pod) = (self.kernel.clone(), active.pod.clone());
+                self.answer_with(id, async move {
+                    let closed = kernel.close_idle(&pod.scope, idle).await;
+                    Event::IdleClosed(closed.unwrap_or_else(|e| {
+                        warn!(pod = %pod.name, "idle flows are left to their clients: {e}");
+                        0
+                    }))
                 });
             }
             Some(Action::Release(_)) => self.finish(id, now),
             None => {}
         }
+    }
+
+    /// Has an action carried out beside the driver, and its outcome told to the drain's machine.
+    fn answer_with(&self, drain: DrainId, event: impl Future<Output = Event> + Send + 'static) {
+        let answers = self.answers_in.clone();
+        tokio::spawn(async move {
+            let event = event.await;
+            let _ = answers.send(Answer { drain, event });
+        });
     }
 
     fn finish(&mut self, id: DrainId, now: BootTime) {

@@ -31,7 +31,7 @@ use self::{
     tally::Tally,
 };
 use super::{
-    policy::{Policy, Until},
+    policy::{IdleFlows, Policy, Until},
     report::{Phase, Report},
 };
 use crate::{
@@ -48,6 +48,8 @@ const FINAL_LOOK: Duration = Duration::from_millis(200);
 const RESYNC: Duration = Duration::from_secs(5);
 /// The shortest time between two looks that wait for flows to become idle.
 const IDLE_FLOOR: Duration = Duration::from_millis(100);
+/// The shortest time between two rounds of closing idle flows.
+const CLOSE_PACE: Duration = Duration::from_millis(500);
 /// When to look again at a flow that has been quiet for long enough, but has bytes in a queue or is not
 /// accepted yet: it may become idle at any moment, without an edge.
 const IDLE_STUCK: Duration = Duration::from_secs(1);
@@ -70,6 +72,8 @@ pub struct Machine {
     /// The close edge after which nothing was in the way any more.
     emptied_by: Option<BootTime>,
     released: Option<(ReleaseReason, BootTime)>,
+    /// Idle flows that were to be closed.
+    asked_to_close: HashSet<SocketCookie>,
     tally: Tally,
     revision: u64,
 }
@@ -97,6 +101,7 @@ impl Machine {
             untracked: None,
             emptied_by: None,
             released: None,
+            asked_to_close: HashSet::new(),
             tally: Tally::default(),
             revision: 0,
         }
@@ -111,7 +116,7 @@ impl Machine {
         if self.released.is_some() {
             return None;
         }
-        let mut agrees = false;
+        let (mut agrees, mut looked) = (false, false);
         match event {
             Event::FlowOpened {
                 cookie,
@@ -129,8 +134,15 @@ impl Machine {
                 );
             }
             Event::FlowClosed { cookie, at } => self.closed(cookie, at.min(now)),
-            Event::Looked(look) => agrees = self.looked(look, now),
+            Event::Looked(look) => {
+                agrees = self.looked(look, now);
+                looked = true;
+            }
             Event::LookFailed(why) => self.look_failed(why, now),
+            Event::IdleClosed(n) => {
+                self.tally.idle_closed += n;
+                self.revision += 1;
+            }
             Event::Lost => {
                 // A flow may have opened, and a look that was begun before now may have missed it.
                 self.last_arrival = now;
@@ -148,7 +160,10 @@ impl Machine {
             Event::Shutdown => return Some(self.release(ReleaseReason::Shutdown, now)),
             Event::Tick => {}
         }
-        self.decide(agrees, now)
+        match self.decide(agrees, now) {
+            None if looked => self.idle_to_close(),
+            action => action,
+        }
     }
 
     /// The latest moment of the next [`step`](Self::step); `None` once released.
@@ -222,6 +237,7 @@ impl Machine {
             changes: self.tally.changes.clone(),
             arrived: self.tally.arrived,
             ended: self.tally.ended,
+            idle_closed: self.tally.idle_closed,
             cut,
             cut_total,
             late_peers: self.tally.late_peers(),
@@ -233,9 +249,10 @@ impl Machine {
     fn opened(&mut self, cookie: SocketCookie, how: Opened) {
         self.last_open = self.last_open.max(Some(how.at));
         // A new flow carries a request before it is idle, so it can't be before this.
-        let blocks_until = match self.policy.until {
-            Until::Idle => how.at + self.policy.idle_after,
-            Until::Zero | Until::Settled => NEVER,
+        let blocks_until = if self.idleness_matters() {
+            how.at + self.policy.idle_after
+        } else {
+            NEVER
         };
         if self.flows.opened(cookie, how, blocks_until) {
             self.last_arrival = self.last_arrival.max(how.at);
@@ -315,10 +332,39 @@ impl Machine {
 
     /// Until when a flow blocks the release at the least, if no edge ends it; `None` if it does not.
     fn blocks_until(&self, flow: &Flow, taken_at: BootTime) -> Option<BootTime> {
-        match self.policy.until {
-            Until::Zero | Until::Settled => Some(NEVER),
-            Until::Idle => Some(taken_at + until_idle(flow, self.policy.idle_after)?),
+        if !self.idleness_matters() {
+            return Some(NEVER);
         }
+        match until_idle(flow, self.policy.idle_after) {
+            Some(left) => Some(taken_at + left),
+            None if self.policy.until == Until::Idle => None,
+            // It is told to close, and then its end is what counts.
+            None => Some(NEVER),
+        }
+    }
+
+    /// Whether a flow that becomes idle brings the drain forward.
+    fn idleness_matters(&self) -> bool {
+        self.policy.until == Until::Idle || self.closes_idle()
+    }
+
+    fn closes_idle(&self) -> bool {
+        self.policy.idle_flows == IdleFlows::Close
+    }
+
+    /// The idle flows to close now: each is asked once. Not before the settle phase is over, because
+    /// clients that do not know better would only come back.
+    fn idle_to_close(&mut self) -> Option<Action> {
+        if self.phase != Phase::Drain || !self.closes_idle() {
+            return None;
+        }
+        let idle = self.tally.last_look().map(Snapshot::holding)?;
+        let idle: Vec<Flow> = idle
+            .filter(|f| f.state == FlowState::Idle && !self.asked_to_close.contains(&f.cookie))
+            .cloned()
+            .collect();
+        self.asked_to_close.extend(idle.iter().map(|f| f.cookie));
+        (!idle.is_empty()).then_some(Action::CloseIdle(idle))
     }
 
     fn look_failed(&mut self, why: String, now: BootTime) {
@@ -402,7 +448,13 @@ impl Machine {
         } else if self.phase != Phase::Drain {
             None
         } else if let Some(until) = self.flows.blocked_until() {
-            Some(until.max(ended + IDLE_FLOOR).min(ended + RESYNC))
+            // To close them, each flow counts as it becomes idle; to be drained, all of them must be.
+            let (until, floor) = if self.closes_idle() {
+                (self.flows.next_idle().unwrap_or(until), CLOSE_PACE)
+            } else {
+                (until, IDLE_FLOOR)
+            };
+            Some(until.max(ended + floor).min(ended + RESYNC))
         } else {
             Some(soon)
         };

@@ -116,6 +116,9 @@ pub struct Report {
     pub arrived: u32,
     /// Flows that ended by themselves.
     pub ended: u32,
+    /// Idle flows that ebb closed (`idle-flows: close`); they are among those that ended.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub idle_closed: u32,
     /// Flows that were still open at the release, and so are cut by the stop that follows; the first 256.
     pub cut: Vec<CutFlow>,
     /// How many were.
@@ -129,4 +132,9 @@ pub struct Report {
     /// What was wrong with the pod's annotations.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }

@@ -73,7 +73,7 @@ pub fn classify(s: &Sample, idle_after: Duration) -> Option<FlowState> {
         // A child that fast open made. Request sockets show as SYN_RECV too, but have no record: their
         // handshake is not done.
         TcpState::SynRecv => s.record.map(|_| FlowState::Backlog),
-        TcpState::Established | TcpState::CloseWait if !s.has_inode => Some(FlowState::Backlog),
+        TcpState::Established | TcpState::CloseWait if s.inode == 0 => Some(FlowState::Backlog),
         TcpState::Established => Some(established(s, idle_after)),
         TcpState::CloseWait if is_quiet(s, idle_after) => Some(FlowState::Idle),
         TcpState::CloseWait => Some(FlowState::HalfClosed),

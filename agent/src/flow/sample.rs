@@ -91,8 +91,8 @@ pub struct Sample {
     /// Bytes written that the peer has not acknowledged, sent or not (`idiag_wqueue`). For a listener:
     /// the longest accept queue.
     pub unacked: u32,
-    /// The application holds a descriptor of it: its inode is not 0.
-    pub has_inode: bool,
+    /// Its inode number; 0 if no process has a descriptor of it: not accepted yet, or closed.
+    pub inode: u32,
     /// Payload bytes received (`tcpi_bytes_received`; a FIN adds 1).
     pub bytes_received: u64,
     /// Payload bytes acknowledged by the peer (`tcpi_bytes_acked`).
@@ -149,7 +149,7 @@ pub(crate) mod testing {
             state: TcpState::Established,
             unread: 0,
             unacked: 0,
-            has_inode: true,
+            inode: 1,
             bytes_received: 0,
             bytes_acked: 0,
             since_sent: Duration::ZERO,

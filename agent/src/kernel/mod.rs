@@ -4,6 +4,7 @@
 //! fast and may be behind by a moment, what [`Tracker::look`] returns comes from the kernel's own tables.
 
 mod bytes;
+mod close;
 mod error;
 mod events;
 mod netns;

@@ -12,13 +12,13 @@ use ebb_common::{LOSSES, WorkloadKey};
 use tokio::sync::mpsc;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns, events,
+    KernelError, KernelEvent, Look, Netns, close, events,
     programs::{Programs, walk},
     sock_diag::SockDiag,
 };
 use crate::{
     clock::BootTime,
-    flow::Sample,
+    flow::{Flow, Sample},
     ids::{CgroupId, NetnsInode},
     pods::Scope,
 };
@@ -133,6 +133,18 @@ impl Tracker {
             })
         })
         .await
+    }
+
+    /// Closes the reading side of `idle` flows of a pod, of those that have not moved since the look that
+    /// found them idle, and returns how many. Their owners then close them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tracker::look`]; some may have been closed by then.
+    pub async fn close_idle(&self, scope: &Scope, idle: Vec<Flow>) -> io::Result<u32> {
+        let scope = scope.clone();
+        self.blocking(move |inner| inner.within(&scope, |netns| close::idle(netns, &idle)))
+            .await
     }
 
     /// Has the events of a scope reported from now on.

@@ -202,6 +202,7 @@ fn orphaned(order: &HoldOrder) -> Arc<Report> {
         changes: vec![],
         arrived: 0,
         ended: 0,
+        idle_closed: 0,
         cut: vec![],
         cut_total: 0,
         late_peers: vec![],

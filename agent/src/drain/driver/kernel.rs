@@ -6,7 +6,7 @@ use tokio::time::timeout;
 
 use crate::{
     drain::policy::Policy,
-    flow::Snapshot,
+    flow::{Flow, Snapshot},
     kernel::Look,
     pods::{Pod, Scope},
 };
@@ -23,6 +23,13 @@ pub struct LookError(pub String);
 pub trait Kernel: Send + Sync + 'static {
     /// All TCP sockets of the pod.
     fn look(&self, scope: &Scope) -> impl Future<Output = Result<Look, LookError>> + Send;
+    /// Closes those of these idle flows of the pod that have not moved since the look that showed them, and
+    /// tells how many.
+    fn close_idle(
+        &self,
+        scope: &Scope,
+        idle: Vec<Flow>,
+    ) -> impl Future<Output = Result<u32, LookError>> + Send;
     /// From now on, edges of this scope are reported.
     fn watch(&self, scope: &Scope) -> Result<(), LookError>;
     /// No more edges of this scope are needed.

@@ -1,4 +1,5 @@
 use std::{
+    collections::HashSet,
     net::SocketAddr,
     sync::{Mutex, MutexGuard},
     task::Poll,
@@ -12,7 +13,7 @@ use crate::{
         policy::{Policy, Until},
         report::{Phase, PodName},
     },
-    flow::{Direction, Record, Sample},
+    flow::{Direction, Flow, Record, Sample},
     hold::wire::ReleaseReason,
     ids::{SandboxId, SocketCookie},
     kernel::Look,
@@ -58,6 +59,14 @@ impl Kernel for FakeKernel {
             taken_at: BootTime::now(),
             samples: self.script().samples.clone(),
         })
+    }
+
+    async fn close_idle(&self, _: &Scope, idle: Vec<Flow>) -> Result<u32, LookError> {
+        let mut script = self.script();
+        script.asked.push("close");
+        let closed: HashSet<_> = idle.iter().map(|f| f.cookie).collect();
+        script.samples.retain(|s| !closed.contains(&s.cookie));
+        Ok(u32::try_from(idle.len()).expect("few"))
     }
 
     fn watch(&self, _: &Scope) -> Result<(), LookError> {
@@ -181,7 +190,7 @@ fn sample(cookie: u64) -> Sample {
         state: TcpState::Established,
         unread: 0,
         unacked: 0,
-        has_inode: true,
+        inode: 1,
         bytes_received: 10,
         bytes_acked: 20,
         since_sent: Duration::ZERO,

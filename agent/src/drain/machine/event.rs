@@ -3,7 +3,10 @@
 use std::net::SocketAddr;
 
 use crate::{
-    clock::BootTime, drain::report::PodName, flow::Snapshot, hold::wire::ReleaseReason,
+    clock::BootTime,
+    drain::report::PodName,
+    flow::{Flow, Snapshot},
+    hold::wire::ReleaseReason,
     ids::SocketCookie,
 };
 
@@ -32,6 +35,8 @@ pub enum Event {
     Looked(Snapshot),
     /// The look that was asked for failed; the text says why.
     LookFailed(String),
+    /// So many of the flows that were to be closed have been told to close.
+    IdleClosed(u32),
     /// Edges were lost.
     Lost,
     /// The pod's flows can't be seen (any more); the text says why.
@@ -47,11 +52,13 @@ pub enum Event {
 }
 
 /// What to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Look at the pod's flows, and answer with [`Event::Looked`] or [`Event::LookFailed`]. There is
     /// never more than one such request open.
     Look,
+    /// Close these idle flows, those that have not moved since, and answer with [`Event::IdleClosed`].
+    CloseIdle(Vec<Flow>),
     /// Release all holds. Comes once; the report is final.
     Release(ReleaseReason),
 }

@@ -133,6 +133,14 @@ impl OpenFlows {
         self.blocking.last().map(|(until, _)| *until)
     }
 
+    /// The next moment at which a flow may become idle; `None` if none can.
+    pub(super) fn next_idle(&self) -> Option<BootTime> {
+        self.blocking
+            .first()
+            .map(|(until, _)| *until)
+            .filter(|until| *until != NEVER)
+    }
+
     /// The open flows that edges announced.
     pub(super) fn announced(&self) -> impl Iterator<Item = (SocketCookie, Opened)> {
         self.open

@@ -1,7 +1,7 @@
 //! What must hold for every ordering of events: a world of flows, its kernel's edges and looks, and a
 //! machine that hears of them late, twice, in any order or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use proptest::prelude::*;
 
@@ -71,14 +71,16 @@ struct World {
     look: Option<Snapshot>,
     /// Was any flow live at the last look that the machine got?
     live_at_look: bool,
+    told_to_close: HashSet<SocketCookie>,
     first_deadline: BootTime,
     ended: Option<ReleaseReason>,
 }
 
 impl World {
-    fn new(until: Until, deadline_ms: u64, flows: usize) -> Self {
+    fn new(until: Until, idle_flows: IdleFlows, deadline_ms: u64, flows: usize) -> Self {
         let policy = Policy {
             until,
+            idle_flows,
             ..Policy::default()
         };
         let deadline = START + Duration::from_millis(deadline_ms);
@@ -102,6 +104,7 @@ impl World {
             looking: false,
             look: None,
             live_at_look: false,
+            told_to_close: HashSet::new(),
             first_deadline: deadline,
             ended: None,
         }
@@ -118,6 +121,15 @@ impl World {
             Some(Action::Look) => {
                 assert!(!self.looking, "two looks at a time");
                 self.looking = true;
+            }
+            Some(Action::CloseIdle(idle)) => {
+                assert!(looked, "closed without a fresh look");
+                assert_eq!(self.machine.policy().idle_flows, IdleFlows::Close);
+                assert!(self.machine.report(self.time()).phase == Phase::Drain);
+                for flow in &idle {
+                    assert_eq!(flow.state, FlowState::Idle, "a live flow was closed");
+                    assert!(self.told_to_close.insert(flow.cookie), "told twice");
+                }
             }
             Some(Action::Release(reason)) => {
                 assert_eq!(self.ended.replace(reason), None, "released twice");
@@ -283,11 +295,12 @@ proptest! {
     #[test]
     fn no_ordering_of_events_cuts_a_flow_or_holds_without_end(
         until in prop_oneof![3 => Just(Until::Zero), 2 => Just(Until::Idle), 1 => Just(Until::Settled)],
+        idle_flows in prop_oneof![Just(IdleFlows::Keep), Just(IdleFlows::Close)],
         deadline_ms in prop_oneof![0..1000_u64, 1000..60_000_u64],
         flows in 0..4_usize,
         ops in ops(),
     ) {
-        let mut world = World::new(until, deadline_ms, flows);
+        let mut world = World::new(until, idle_flows, deadline_ms, flows);
         world.give(Event::Tick);
         for op in ops {
             if world.ended.is_some() {
@@ -307,8 +320,8 @@ proptest! {
     }
 
     #[test]
-    fn waking_it_as_it_asks_never_spins(until in prop_oneof![Just(Until::Zero), Just(Until::Idle)], flows in 0..4_usize, ops in ops()) {
-        let mut world = World::new(until, 60_000, flows);
+    fn waking_it_as_it_asks_never_spins(until in prop_oneof![Just(Until::Zero), Just(Until::Idle)], idle_flows in prop_oneof![Just(IdleFlows::Keep), Just(IdleFlows::Close)], flows in 0..4_usize, ops in ops()) {
+        let mut world = World::new(until, idle_flows, 60_000, flows);
         world.give(Event::Tick);
         for op in ops {
             if world.ended.is_none() {

@@ -28,6 +28,7 @@ pub(super) struct Tally {
     pub(super) changes: Vec<Change>,
     pub(super) arrived: u32,
     pub(super) ended: u32,
+    pub(super) idle_closed: u32,
     late: HashMap<IpAddr, u32>,
     last_look: Option<Snapshot>,
 }
@@ -54,6 +55,11 @@ impl Tally {
         self.flows_now = Some(counts);
         self.last_look = Some(look);
         self.change(since_start, phase);
+    }
+
+    /// The last look.
+    pub(super) fn last_look(&self) -> Option<&Snapshot> {
+        self.last_look.as_ref()
     }
 
     /// The moment of the last look.

@@ -588,3 +588,54 @@ fn the_report_tells_the_phases_with_what_held_in_each() {
         ]
     );
 }
+
+fn closing() -> Policy {
+    Policy {
+        idle_flows: IdleFlows::Close,
+        ..Policy::default()
+    }
+}
+
+#[test]
+fn idle_flows_are_closed_after_settle_once_and_their_end_is_waited_for() {
+    let (busy, idle) = (flow(1, Active), flow(2, Idle));
+    let mut m = in_drain(closing(), &[busy.clone(), idle.clone()]);
+    let close = Some(Action::CloseIdle(vec![idle.clone()]));
+    assert_eq!(
+        m.step(looked(3000, &[busy.clone(), idle.clone()]), at(3001)),
+        close
+    );
+    assert_eq!(m.step(Event::IdleClosed(1), at(3002)), None);
+
+    assert_eq!(
+        m.next_wake(),
+        Some(at(8000)),
+        "when the busy one may be idle"
+    );
+    assert_eq!(m.step(Event::Tick, at(8000)), LOOK);
+    let both = [flow(1, Idle), idle];
+    let close = Some(Action::CloseIdle(vec![flow(1, Idle)]));
+    assert_eq!(
+        m.step(looked(8000, &both), at(8001)),
+        close,
+        "not the other one again"
+    );
+    assert_eq!(m.step(Event::IdleClosed(1), at(8002)), None);
+
+    assert_eq!(m.step(closed(1, 8003), at(8003)), None);
+    let asked = m.step(closed(2, 8004), at(8004));
+    let asked = asked.unwrap_or_else(|| next(&mut m).1);
+    assert_eq!(asked, Action::Look);
+    assert_eq!(m.step(looked(8010, &[]), at(8011)), DRAINED);
+    let report = m.report(at(8011));
+    assert_eq!(
+        (report.idle_closed, report.ended, report.cut_total),
+        (2, 2, 0)
+    );
+}
+
+#[test]
+fn idle_flows_of_a_pod_that_did_not_ask_for_it_are_kept() {
+    let mut m = in_drain(until(Until::Zero), &[flow(1, Idle)]);
+    assert_eq!(m.step(looked(3000, &[flow(1, Idle)]), at(3001)), None);
+}

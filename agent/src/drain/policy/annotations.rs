@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, time::Duration};
 
-use super::{IdleFlows, Policy};
+use super::Policy;
 
 const PREFIX: &str = "ebb.dev/";
 
@@ -72,13 +72,6 @@ impl Policy {
             "until" => self.until = value.parse().map_err(|e| instead(e, self.until))?,
             "idle-flows" => {
                 self.idle_flows = value.parse().map_err(|e| instead(e, self.idle_flows))?;
-                if self.idle_flows == IdleFlows::Close {
-                    return Err(
-                        "this version of ebb keeps idle flows; they hold the drain until their \
-                                clients close them"
-                            .to_owned(),
-                    );
-                }
             }
             "quiet" => {
                 self.quiet = duration(value, QUIET).map_err(|e| instead(e, show(self.quiet)))?
@@ -176,7 +169,7 @@ fn show_ports(ports: &[u16], none: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::drain::policy::Until;
+    use crate::drain::policy::{IdleFlows, Until};
 
     fn read(pairs: &[(&str, &str)]) -> (Policy, Vec<String>) {
         let annotations = pairs
@@ -301,10 +294,11 @@ mod tests {
     }
 
     #[test]
-    fn closing_idle_flows_is_read_but_said_not_to_be_done() {
+    fn idle_flows_are_closed_only_where_the_pod_asks_for_it() {
         let (policy, warnings) = read(&[("ebb.dev/idle-flows", "close")]);
         assert_eq!(policy.idle_flows, IdleFlows::Close);
-        assert!(warnings[0].contains("keeps idle flows"), "{warnings:?}");
+        assert!(warnings.is_empty(), "{warnings:?}");
+        assert_eq!(read(&[]).0.idle_flows, IdleFlows::Keep);
     }
 
     #[test]

@@ -27,7 +27,7 @@ fn what_nobody_has_accepted_is_backlog_whatever_has_arrived() {
     for state in [TcpState::Established, TcpState::CloseWait] {
         let s = Sample {
             state,
-            has_inode: false,
+            inode: 0,
             ..talked(60_000, 60_000)
         };
         assert_eq!(class(&s), Some(FlowState::Backlog));
@@ -38,7 +38,7 @@ fn what_nobody_has_accepted_is_backlog_whatever_has_arrived() {
 fn a_fast_open_child_is_backlog_and_a_handshake_under_way_is_no_flow() {
     let half_open = Sample {
         state: TcpState::SynRecv,
-        has_inode: false,
+        inode: 0,
         ..sample()
     };
     assert_eq!(class(&half_open), None);
@@ -127,7 +127,7 @@ fn what_the_pod_has_closed_is_flushing_until_the_peer_has_it_all() {
     for state in [TcpState::FinWait1, TcpState::Closing, TcpState::LastAck] {
         let s = Sample {
             state,
-            has_inode: false,
+            inode: 0,
             ..talked(60_000, 60_000)
         };
         assert_eq!(class(&s), Some(FlowState::Flushing));

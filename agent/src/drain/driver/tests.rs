@@ -1,3 +1,5 @@
+//! The driver, with a kernel that does what the test says.
+
 use std::{
     collections::HashSet,
     net::SocketAddr,

@@ -1,3 +1,5 @@
+//! The machine, one ordering of events at a time.
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::{looks::RETRIES, *};

@@ -1,3 +1,5 @@
+//! A table of samples and what each is called.
+
 use super::*;
 use crate::{
     clock::BootTime,

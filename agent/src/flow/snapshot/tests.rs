@@ -1,3 +1,5 @@
+//! Which flows hold, and what is counted.
+
 use super::*;
 use crate::flow::sample::{Record, testing::sample};
 

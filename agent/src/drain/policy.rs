@@ -1,6 +1,6 @@
 //! What a drain waits for and for how long.
 
-mod annotations;
+pub mod annotations;
 
 use std::{fmt, str::FromStr, time::Duration};
 

@@ -6,7 +6,8 @@ use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, time::Durati
 
 use super::Policy;
 
-const PREFIX: &str = "ebb.dev/";
+/// What the names of ebb's annotations begin with.
+pub const PREFIX: &str = "ebb.dev/";
 
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(60 * 60);
@@ -18,7 +19,7 @@ const MAX_HOLD: RangeInclusive<Duration> = SECOND..=Duration::from_secs(24 * 60 
 
 /// The annotations ebb knows, without their prefix. `wait-port` is read where the in-pod listener is
 /// made, and is here so that it is not called unknown.
-const KEYS: [&str; 10] = [
+pub const KEYS: [&str; 10] = [
     "drain",
     "until",
     "quiet",

@@ -106,6 +106,11 @@ impl Agent {
         self.run.join("agent.sock")
     }
 
+    /// Its log file.
+    pub(crate) fn log(&self) -> PathBuf {
+        log(&self.run, "agent")
+    }
+
     /// Ends it with SIGTERM and waits for its end, which must be a good one.
     pub(crate) async fn stop(mut self) -> Result<()> {
         ensure!(end(&mut self.child, Signal::TERM).await?.success());

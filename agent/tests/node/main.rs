@@ -8,8 +8,13 @@
 
 mod agent;
 mod hold;
+mod life;
+mod pass;
 mod peer;
+mod pods;
 mod proc_net;
+mod refuse;
+mod runtime;
 mod scene;
 mod settle;
 mod state;
@@ -39,11 +44,16 @@ fn main() -> ExitCode {
 fn trials() -> Vec<Trial> {
     // The longest first; the one that needs the node for itself last.
     let subjects = [
+        life::trials(),
         hold::trials(),
         settle::trials(),
         wait::trials(),
         state::trials(),
         track::trials(),
+        pass::trials(),
+        pods::trials(),
+        refuse::trials(),
+        runtime::trials(),
     ];
     subjects.into_iter().flatten().collect()
 }

@@ -15,7 +15,7 @@ use crate::{
     agent::Agent,
     hold::stop,
     peer::Peer,
-    scene::{FIXTURE, NODE_V4, SECOND, Scene, free_port, server, trial},
+    scene::{FIXTURE, NODE_V4, NODE_V6, SECOND, Scene, free_port, server, trial},
     track::dial,
 };
 
@@ -48,7 +48,10 @@ fn report(out: &Output) -> Result<Report> {
 }
 
 async fn from_a_pod(scene: Scene) -> Result<()> {
-    let agent = scene.agent(&["--quiet", "300ms"]).await?;
+    // A second node port, for both families at once.
+    let port = free_port();
+    let both = format!("[::]:{port}");
+    let agent = scene.agent(&["--quiet", "300ms", "--http", &both]).await?;
     let pod = scene.serve("waiter").await?;
     let other = scene.serve("waiter-2").await?;
     let peer = Peer::served(pod.v4(8080)?).await?;
@@ -56,8 +59,16 @@ async fn from_a_pod(scene: Scene) -> Result<()> {
     let kubelet = scene.kubelet()?;
     let waits = [
         dial(&kubelet, &pod.containers[0], url(&agent)),
-        dial(&kubelet, &pod.containers[0], url(&agent)),
-        dial(&kubelet, &other.containers[0], url(&agent)),
+        dial(
+            &kubelet,
+            &pod.containers[0],
+            format!("http://[{NODE_V6}]:{port}/v1/wait"),
+        ),
+        dial(
+            &kubelet,
+            &other.containers[0],
+            format!("http://{NODE_V4}:{port}/v1/wait"),
+        ),
     ];
     let begun = agent.until_draining("waiter").await?;
     ensure!(

@@ -10,7 +10,7 @@ use tokio::{task::JoinHandle, time::sleep};
 
 use crate::{
     peer::Peer,
-    scene::{SECOND, Scene, server, trial},
+    scene::{SECOND, Scene, eventually, queue, server, trial},
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -33,6 +33,18 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         trial("ebb_release_ends_a_hold_at_once", manual),
         trial("flows_on_ignored_ports_do_not_hold", ignored_port),
+        trial(
+            "connections_that_are_reset_hold_no_longer_queued_or_not",
+            resets,
+        ),
+        trial(
+            "the_sandbox_is_not_stopped_while_its_pod_drains",
+            sandbox_waits,
+        ),
+        trial(
+            "a_pod_that_dies_while_it_is_held_is_released",
+            dies_while_held,
+        ),
     ]
 }
 
@@ -143,6 +155,16 @@ async fn deadline(scene: Scene) -> Result<()> {
     ensure!(timeouts == [2], "{timeouts:?}");
     let ended = scene.kubelet()?.status(&pod.containers[0]).await?;
     ensure!(ended.exit_code == 137, "{ended:?}");
+    let told = [
+        ("ebb_drains_total{reason=\"deadline\"}", 1),
+        ("ebb_flows_cut_total", 1),
+        ("ebb_drains_active", 0),
+        ("ebb_kernel_losses{kind=\"event\"}", 0),
+    ];
+    for (metric, value) in told {
+        let told = agent.metric(metric).await?;
+        ensure!(told == value, "{metric} is {told}");
+    }
     Ok(())
 }
 
@@ -240,5 +262,78 @@ async fn ignored_port(scene: Scene) -> Result<()> {
         report.flows_at_start.is_some_and(|f| f.total() == 0),
         "{report:?}"
     );
+    Ok(())
+}
+
+async fn resets(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("reset").container(queue("app", 8080));
+    let pod = scene.run(spec).await?;
+    let accepted = Peer::connect(pod.v4(8080)?).await?;
+    let queued = Peer::asking(pod.v4(8080)?, "/").await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    let begun = agent.until_draining("reset").await?;
+    ensure!(
+        begun.flows_at_start.is_some_and(|f| f.total() == 2),
+        "{begun:?}"
+    );
+    queued.reset()?;
+    eventually("the queued one is gone", async || {
+        Ok((agent.flows("reset").await?.len() == 1).then_some(()))
+    })
+    .await?;
+    ensure!(!stopping.is_finished(), "released with a flow open");
+    accepted.reset()?;
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("reset").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(report.ended == 2 && report.cut_total == 0, "{report:?}");
+    Ok(())
+}
+
+async fn sandbox_waits(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene.serve("sandbox").await?;
+    let mut peer = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
+    let kubelet = scene.kubelet_at(&proxy)?;
+    let first = stop(kubelet.clone(), &pod, 30 * SECOND);
+    agent.until_draining("sandbox").await?;
+    // As when the kubelet takes the StopContainer for failed: what would kill the pod has to wait too.
+    let sandbox = tokio::spawn({
+        let pod = pod.clone();
+        async move { kubelet.stop_sandbox(&pod).await }
+    });
+    peer.answer("slow\n").await.context("cut off")?;
+    ensure!(!sandbox.is_finished() && !first.is_finished(), "not held");
+    drop(peer);
+    sandbox.await??;
+    let stop = first.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("sandbox").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    Ok(())
+}
+
+async fn dies_while_held(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene.serve("crash").await?;
+    let mut peer = Peer::served(pod.v4(8080)?).await?;
+    let pid = scene.kubelet()?.pid(&pod.containers[0]).await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("crash").await?;
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).context("no pid")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    ensure!(peer.read_to_end().await? == 0);
+    let stop = stopping.await?;
+    ensure!(
+        stop.error().is_none() && stop.took < 15 * SECOND,
+        "{stop:?}"
+    );
+    let report = agent.drain("crash").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! A client that does exactly as much as it is told.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use tokio::{
@@ -89,6 +89,12 @@ impl Peer {
     /// Closes the sending side only.
     pub(crate) async fn end_sending(&mut self) -> Result<()> {
         Ok(self.stream.shutdown().await?)
+    }
+
+    /// Closes with a reset.
+    pub(crate) fn reset(self) -> Result<()> {
+        let now = Some(Duration::ZERO);
+        Ok(rustix::net::sockopt::set_socket_linger(&self.stream, now)?)
     }
 
     /// Reads all that comes until the peer is dropped, as clients do.

@@ -8,12 +8,29 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// TCP_ESTABLISHED as `/proc/net/tcp` has it.
+// States as `/proc/net/tcp` has them (include/net/tcp_states.h).
 const ESTABLISHED: &str = "01";
+const FIN_WAIT2: &str = "05";
+const TIME_WAIT: &str = "06";
+const LISTEN: &str = "0A";
 
 /// Both ends of the established connections to a local port in the namespace of a process, with IPv4 in
 /// IPv6 as IPv4.
 pub(crate) fn established(pid: u32, port: u16) -> Result<BTreeSet<(SocketAddr, SocketAddr)>> {
+    of_states(pid, port, |state| state == ESTABLISHED)
+}
+
+/// Whether nobody is connected to a local port in the namespace of a process any more.
+pub(crate) fn is_quiet(pid: u32, port: u16) -> Result<bool> {
+    let over = [FIN_WAIT2, TIME_WAIT, LISTEN];
+    Ok(of_states(pid, port, |state| !over.contains(&state))?.is_empty())
+}
+
+fn of_states(
+    pid: u32,
+    port: u16,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<BTreeSet<(SocketAddr, SocketAddr)>> {
     let mut found = BTreeSet::new();
     for table in ["tcp", "tcp6"] {
         let text = fs::read_to_string(format!("/proc/{pid}/net/{table}"))?;
@@ -23,7 +40,7 @@ pub(crate) fn established(pid: u32, port: u16) -> Result<BTreeSet<(SocketAddr, S
                 continue;
             };
             let (local, remote) = (address(local)?, address(remote)?);
-            if state == ESTABLISHED && local.port() == port {
+            if wanted(state) && local.port() == port {
                 found.insert((local, remote));
             }
         }

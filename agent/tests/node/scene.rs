@@ -22,6 +22,8 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+use crate::proc_net;
+
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
 /// For what is said to happen "soon". Ten trials at once on two cores are slow at times.
@@ -198,14 +200,20 @@ pub(crate) fn directory(parent: &Path, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Runs a pod and waits until its servers listen.
+/// Runs a pod and waits until its servers listen, and have forgotten that they were tried.
 pub(crate) async fn run(node: &Node, spec: PodSpec) -> Result<Pod> {
-    let pod = node.kubelet()?.run(&spec).await?;
+    let kubelet = node.kubelet()?;
+    let pod = kubelet.run(&spec).await?;
     for container in &spec.containers {
         let port = container.args.iter().skip_while(|a| *a != "--port").nth(1);
-        if let Some(port) = port {
-            http::until_open(pod.v4(port.parse()?)?, SOON).await?;
-        }
+        let Some(port) = port else { continue };
+        let port = port.parse()?;
+        http::until_open(pod.v4(port)?, SOON).await?;
+        let pid = kubelet.pid(pod.container(&container.name)?).await?;
+        eventually("the trial connection is gone", async || {
+            Ok(proc_net::is_quiet(pid, port)?.then_some(()))
+        })
+        .await?;
     }
     Ok(pod)
 }

@@ -337,6 +337,11 @@ async fn older_than_agent(scene: Scene) -> Result<()> {
         "{PEERS} flows closed: {at_first} before, {afterwards} after"
     );
     drop(new);
+    ensure!(
+        tracker.losses()?.iter().all(|n| *n == 0),
+        "{:?}",
+        tracker.losses()
+    );
 
     let kubelet = scene.kubelet_at(&proxy)?;
     let stopping = tokio::spawn({

@@ -31,6 +31,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             "until_settled_waits_for_the_settle_phase_alone",
             until_settled,
         ),
+        trial(
+            "idle_flows_are_closed_for_a_pod_that_asks_and_answers_are_waited_for",
+            idle_flows_closed,
+        ),
         trial("ebb_release_ends_a_hold_at_once", manual),
         trial("flows_on_ignored_ports_do_not_hold", ignored_port),
         trial(
@@ -221,6 +225,38 @@ async fn until_settled(scene: Scene) -> Result<()> {
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!((2000..5000).contains(&report.held_ms), "{report:?}");
     ensure!(report.cut_total == 1, "{report:?}");
+    Ok(())
+}
+
+async fn idle_flows_closed(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("closer")
+        .annotation("ebb.dev/idle-flows", "close")
+        .annotation("ebb.dev/idle-after", "1s")
+        .annotation("ebb.dev/quiet", "300ms")
+        .container(server("app", 8080));
+    let pod = scene.run(spec).await?;
+    let mut idle = Peer::served(pod.v4(8080)?).await?;
+    let mut asking = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("closer").await?;
+    // A good end, and none in the middle of an answer.
+    ensure!(idle.read_to_end().await? == 0);
+    ensure!(!stopping.is_finished(), "released before the answer");
+    asking
+        .answer("slow\n")
+        .await
+        .context("cut off before the answer")?;
+    ensure!(asking.read_to_end().await? == 0);
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("closer").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(
+        report.cut_total == 0 && report.held_ms < 15_000,
+        "{report:?}"
+    );
     Ok(())
 }
 

@@ -110,26 +110,27 @@ async fn slow_request(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--idle-after", "1s"]).await?;
     let pod = scene.serve("slow").await?;
     let mut peer = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
-    let state =
-        async || Ok::<_, anyhow::Error>(states(&agent, "slow").await?.remove(&peer.address));
-    ensure!(state().await? == Some(FlowState::Active));
-    sleep(Duration::from_millis(2500)).await;
-    ensure!(state().await? == Some(FlowState::Awaiting));
+    until(&agent, &peer, FlowState::Active, &[FlowState::Backlog]).await?;
+    until(&agent, &peer, FlowState::Awaiting, &[FlowState::Active]).await?;
     peer.answer("slow\n").await?;
-    let state =
-        async || Ok::<_, anyhow::Error>(states(&agent, "slow").await?.remove(&peer.address));
-    eventually("it is idle", async || {
-        let state = state().await?.context("the flow is gone")?;
-        ensure!(state != FlowState::Awaiting, "awaiting after the answer");
-        Ok((state == FlowState::Idle).then_some(()))
-    })
-    .await?;
+    until(&agent, &peer, FlowState::Idle, &[FlowState::Active]).await?;
     // The next request on it is live again.
     peer.ask("/slow?ms=60000").await?;
-    let state =
-        async || Ok::<_, anyhow::Error>(states(&agent, "slow").await?.remove(&peer.address));
-    ensure!(state().await? == Some(FlowState::Active));
-    Ok(())
+    until(&agent, &peer, FlowState::Active, &[FlowState::Idle]).await
+}
+
+/// Waits until the peer's flow to the pod "slow" is in this state, and in no other than these before.
+async fn until(agent: &Agent, peer: &Peer, state: FlowState, before: &[FlowState]) -> Result<()> {
+    eventually(state.name(), async || {
+        let seen = states(agent, "slow").await?.remove(&peer.address);
+        let seen = seen.context("the flow is gone")?;
+        ensure!(
+            seen == state || before.contains(&seen),
+            "{seen} on the way to {state}"
+        );
+        Ok((seen == state).then_some(()))
+    })
+    .await
 }
 
 async fn flushing(scene: Scene) -> Result<()> {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::fs::{FlockOperation, flock};
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -128,6 +128,8 @@ fn look_error(e: io::Error) -> LookError {
 /// A started agent. Dropping it releases what it holds and detaches the BPF programs.
 pub struct Running {
     agent: Arc<Agent>,
+    /// Ends with the drains.
+    teller: JoinHandle<()>,
     ports: Vec<TcpListener>,
     socket: tokio::net::UnixListener,
     socket_file: Option<SocketFile>,
@@ -154,10 +156,10 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         );
     }
     let listening = listen::bind(&socket_path(&config.run_dir)).await?;
-    let journal = journal(&config.run_dir);
     let (tracker, events) = Tracker::start(kernel::Options {
         bpf_log: config.bpf_log,
     })?;
+    let journal = journal(&config.run_dir);
     let pods = Pods::new(
         cri,
         Node {
@@ -169,7 +171,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let (notices, heard) = mpsc::unbounded_channel();
     let drains = Drains::spawn(Arc::new(tracker.clone()), events, journal, notices);
     let metrics = Arc::new(Metrics::default());
-    tokio::spawn(tell::tell(heard, Arc::clone(&metrics)));
+    let teller = tokio::spawn(tell::tell(heard, Arc::clone(&metrics)));
     if let Err(e) = pods.refresh().await {
         // It answered a moment ago, so it may again: pods are looked up when somebody asks.
         tracing::warn!("{}", one_line(&e.into()));
@@ -184,6 +186,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             metrics,
             policy: config.policy,
         }),
+        teller,
         ports,
         socket: listening.listener,
         socket_file: listening.file,
@@ -204,6 +207,7 @@ impl Running {
     pub async fn serve(self, stop: CancellationToken) {
         let Self {
             agent,
+            teller,
             ports,
             socket,
             socket_file,
@@ -223,6 +227,8 @@ impl Running {
         agent.drains.shutdown();
         let ended = tokio::time::timeout(STOP_WITHIN, async {
             while servers.join_next().await.is_some() {}
+            // The last reports are the ones of the holds that were just released.
+            let _ = teller.await;
         });
         if ended.await.is_err() {
             tracing::warn!("some requests did not end in time and were cut");

@@ -1,6 +1,6 @@
 //! `ebb agent`.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    drain::policy::{IdleFlows, Policy, Until},
+    drain::policy::{self, IdleFlows, Policy, Until},
     pods::kube::KubeMode,
     start::{self, Config},
 };
@@ -83,32 +83,38 @@ struct PolicyFlags {
     )]
     idle_flows: IdleFlows,
     /// The settle phase ends when no new connection has arrived for this long …
-    #[arg(long, env = "EBB_QUIET", default_value = "3s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "EBB_QUIET", default_value = "3s", value_parser = within(policy::QUIET), value_name = "DURATION")]
     quiet: Duration,
     /// … or after this long in any case.
-    #[arg(long, env = "EBB_SETTLE_MAX", default_value = "15s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "EBB_SETTLE_MAX", default_value = "15s", value_parser = within(SETTLE_MAX), value_name = "DURATION")]
     settle_max: Duration,
     /// A connection without bytes for this long may be idle.
-    #[arg(long, env = "EBB_IDLE_AFTER", default_value = "5s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "EBB_IDLE_AFTER", default_value = "5s", value_parser = within(policy::IDLE_AFTER), value_name = "DURATION")]
     idle_after: Duration,
     /// What to leave of the grace period for the application's own shutdown; never more than a third of it.
-    #[arg(long, env = "EBB_RESERVE", default_value = "5s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "EBB_RESERVE", default_value = "5s", value_parser = within(policy::RESERVE), value_name = "DURATION")]
     reserve: Duration,
     /// The longest hold, where the grace period allows as much.
-    #[arg(long, env = "EBB_MAX_HOLD", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "EBB_MAX_HOLD", value_parser = within(policy::MAX_HOLD), value_name = "DURATION")]
     max_hold: Option<Duration>,
 }
 
-/// The longest duration that makes sense in a policy: no grace period is longer than a day.
-const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+/// What the longest settle phase may be. No grace period is longer than a day.
+const SETTLE_MAX: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 * 60 * 60);
 
-fn duration(text: &str) -> Result<Duration, String> {
-    let d = humantime::parse_duration(text)
-        .map_err(|e| format!("{e}; write a number and a unit, such as 30s or 1m30s"))?;
-    if d > LONGEST {
-        return Err("longer than a day".into());
+/// Reads durations of this range, which is that of the annotation of the same name.
+fn within(
+    range: RangeInclusive<Duration>,
+) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync {
+    move |text| {
+        let d = humantime::parse_duration(text)
+            .map_err(|e| format!("{e}; write a number and a unit, such as 30s or 1m30s"))?;
+        if range.contains(&d) {
+            return Ok(d);
+        }
+        let [least, most] = [range.start(), range.end()].map(|d| humantime::format_duration(*d));
+        Err(format!("not between {least} and {most}"))
     }
-    Ok(d)
 }
 
 pub(super) async fn run(flags: Flags) -> Result<()> {

@@ -6,6 +6,8 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+pub use annotations::{IDLE_AFTER, MAX_HOLD, QUIET, RESERVE};
+
 /// The grace period of a pod that names none: `DefaultTerminationGracePeriodSeconds` in Kubernetes'
 /// `pkg/apis/core/v1/defaults.go` (`SetDefaults_PodSpec`).
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(30);

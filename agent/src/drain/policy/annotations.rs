@@ -12,10 +12,14 @@ pub const PREFIX: &str = "ebb.dev/";
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-const QUIET: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(10 * 60);
-const IDLE_AFTER: RangeInclusive<Duration> = Duration::from_millis(100)..=HOUR;
-const RESERVE: RangeInclusive<Duration> = Duration::ZERO..=HOUR;
-const MAX_HOLD: RangeInclusive<Duration> = SECOND..=Duration::from_secs(24 * 60 * 60);
+/// What `quiet` may be.
+pub const QUIET: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(10 * 60);
+/// What `idle-after` may be: the kernel's times have jiffy resolution, and a flow is not at rest sooner.
+pub const IDLE_AFTER: RangeInclusive<Duration> = Duration::from_millis(100)..=HOUR;
+/// What `reserve` may be.
+pub const RESERVE: RangeInclusive<Duration> = Duration::ZERO..=HOUR;
+/// What `max-hold` may be.
+pub const MAX_HOLD: RangeInclusive<Duration> = SECOND..=Duration::from_secs(24 * 60 * 60);
 
 /// The annotations ebb knows, without their prefix. `wait-port` is read where the in-pod listener is
 /// made, and is here so that it is not called unknown.

@@ -1,0 +1,375 @@
+//! StopContainer through the proxy: held until the pod has drained, and then passed on.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use ebb::{drain::report::Phase, flow::FlowState, hold::wire::ReleaseReason};
+use ebb_node::kubelet::{ContainerSpec, Kubelet, Pod, PodSpec, Stop};
+use libtest_mimic::Trial;
+use tokio::{task::JoinHandle, time::sleep};
+
+use crate::{
+    peer::Peer,
+    scene::{SECOND, Scene, eventually, queue, server, trial},
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial(
+            "a_stop_waits_for_the_last_flow_and_passes_on_what_is_left_of_its_timeout",
+            drained,
+        ),
+        trial(
+            "at_the_deadline_the_stop_goes_on_and_the_report_names_who_is_cut",
+            deadline,
+        ),
+        trial(
+            "until_idle_does_not_wait_for_idle_flows_and_does_for_answers",
+            until_idle,
+        ),
+        trial(
+            "until_settled_waits_for_the_settle_phase_alone",
+            until_settled,
+        ),
+        trial(
+            "idle_flows_are_closed_for_a_pod_that_asks_and_answers_are_waited_for",
+            idle_flows_closed,
+        ),
+        trial("ebb_release_ends_a_hold_at_once", manual),
+        trial("flows_on_ignored_ports_do_not_hold", ignored_port),
+        trial(
+            "connections_that_are_reset_hold_no_longer_queued_or_not",
+            resets,
+        ),
+        trial(
+            "the_sandbox_is_not_stopped_while_its_pod_drains",
+            sandbox_waits,
+        ),
+        trial(
+            "a_pod_that_dies_while_it_is_held_is_released",
+            dies_while_held,
+        ),
+    ]
+}
+
+/// Begins to end a pod, in the background.
+pub(crate) fn stop(kubelet: Kubelet, pod: &Pod, grace: Duration) -> JoinHandle<Stop> {
+    let pod = pod.clone();
+    tokio::spawn(async move { kubelet.stop(&pod, grace).await })
+}
+
+async fn drained(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--quiet", "500ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    // Two containers that are stopped together are a pod's end, without any flag.
+    let spec = PodSpec::new("held")
+        .container(server("app", 8080))
+        .container(server("side", 8081));
+    let pod = scene.run(spec).await?;
+    let mut slow = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
+    let kept = Peer::served(pod.v4(8081)?).await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+
+    let begun = agent.until_draining("held").await?;
+    ensure!(begun.holds == 2 && begun.reason.is_none(), "{begun:?}");
+    // 30 s less the reserve of 5 s.
+    ensure!((24_000..=25_000).contains(&begun.deadline_ms), "{begun:?}");
+    slow.answer("slow\n").await?;
+    drop(slow);
+    sleep(SECOND).await;
+    ensure!(!stopping.is_finished(), "released with a flow open");
+    // Held is held: the containers know nothing yet.
+    let kubelet = scene.kubelet()?;
+    for container in &pod.containers {
+        let state = kubelet.status(container).await?.state();
+        ensure!(
+            state == k8s_cri::v1::ContainerState::ContainerRunning,
+            "{state:?}"
+        );
+    }
+    let closed = Instant::now();
+    drop(kept);
+    let stop = stopping.await?;
+    ensure!(closed.elapsed() < 5 * SECOND, "{:?}", closed.elapsed());
+    ensure!(stop.error().is_none(), "{stop:?}");
+
+    let report = agent.drain("held").await?;
+    ensure!(report.phase == Phase::Released, "{report:?}");
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(
+        report.flows_at_start.is_some_and(|f| f.total() == 2),
+        "{report:?}"
+    );
+    ensure!(
+        report.flows_now.is_some_and(|f| f.total() == 0),
+        "{report:?}"
+    );
+    ensure!(report.ended == 2 && report.arrived == 0, "{report:?}");
+    ensure!(report.cut_total == 0 && report.cut.is_empty(), "{report:?}");
+    ensure!(
+        report.release_lag_us.is_some_and(|lag| lag < 1_000_000),
+        "{report:?}"
+    );
+    ensure!(report.changes.len() >= 3, "{report:?}");
+    // What the runtime was told is what was left.
+    let held = report.held_ms.div_ceil(1000);
+    for container in &pod.containers {
+        let timeouts = scene.stop_timeouts(&container.id)?;
+        let [timeout] = timeouts[..] else {
+            anyhow::bail!("{} was stopped with {timeouts:?}", container.name);
+        };
+        ensure!(
+            (30 - held - 2..=30 - held + 1).contains(&timeout),
+            "{timeout} s left after {held} s of 30"
+        );
+    }
+    Ok(())
+}
+
+async fn deadline(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "500ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    // Deaf to the stop signal: it runs until the runtime kills it, which must not be later than without
+    // a hold.
+    let app = ContainerSpec::fixture("app", &["serve", "--port", "8080", "--deaf"]);
+    let grace = 6 * SECOND;
+    let pod = scene
+        .run(PodSpec::new("never").grace(grace).container(app))
+        .await?;
+    let peer = Peer::asking(pod.v4(8080)?, "/slow?ms=60000").await?;
+    let stop = scene.kubelet_at(&proxy)?.stop(&pod, grace).await;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("never").await?;
+    ensure!(report.reason == Some(ReleaseReason::Deadline), "{report:?}");
+    // A third of so short a grace period is the application's own.
+    ensure!(report.deadline_ms == 4000, "{report:?}");
+    ensure!((3900..5000).contains(&report.held_ms), "{report:?}");
+    ensure!(report.cut_total == 1 && report.cut.len() == 1, "{report:?}");
+    let cut = &report.cut[0];
+    ensure!(
+        cut.remote == peer.address && cut.local == pod.v4(8080)?,
+        "{report:?}"
+    );
+    ensure!(
+        cut.state.is_live() && cut.bytes_in > 0 && cut.bytes_out == 0,
+        "{report:?}"
+    );
+    ensure!(stop.took < grace + 2 * SECOND, "{stop:?}");
+    let timeouts = scene.stop_timeouts(&pod.containers[0].id)?;
+    ensure!(timeouts == [2], "{timeouts:?}");
+    let ended = scene.kubelet()?.status(&pod.containers[0]).await?;
+    ensure!(ended.exit_code == 137, "{ended:?}");
+    let told = [
+        ("ebb_drains_total{reason=\"deadline\"}", 1),
+        ("ebb_flows_cut_total", 1),
+        ("ebb_drains_active", 0),
+        ("ebb_kernel_losses{kind=\"event\"}", 0),
+    ];
+    for (metric, value) in told {
+        let told = agent.metric(metric).await?;
+        ensure!(told == value, "{metric} is {told}");
+    }
+    Ok(())
+}
+
+async fn until_idle(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("idle")
+        .annotation("ebb.dev/until", "idle")
+        .annotation("ebb.dev/idle-after", "1s")
+        .annotation("ebb.dev/quiet", "300ms")
+        .container(server("app", 8080));
+    let pod = scene.run(spec).await?;
+    let idle = Peer::served(pod.v4(8080)?).await?;
+    let mut asking = Peer::asking(pod.v4(8080)?, "/slow?ms=5000").await?;
+    let asked = Instant::now();
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("idle").await?;
+    asking
+        .answer("slow\n")
+        .await
+        .context("cut off before the answer")?;
+    ensure!(asked.elapsed() >= 5 * SECOND);
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    ensure!(asked.elapsed() >= 6 * SECOND, "not idle for long enough");
+    let report = agent.drain("idle").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(report.held_ms < 12_000, "{report:?}");
+    // Both are still open, and are cut, idle.
+    ensure!(report.cut_total == 2 && report.ended == 0, "{report:?}");
+    ensure!(
+        report.cut.iter().all(|c| c.state == FlowState::Idle),
+        "{report:?}"
+    );
+    ensure!(
+        report.cut.iter().any(|c| c.remote == idle.address),
+        "{report:?}"
+    );
+    Ok(())
+}
+
+async fn until_settled(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("settled")
+        .annotation("ebb.dev/until", "settled")
+        .annotation("ebb.dev/quiet", "2s")
+        .container(server("app", 8080));
+    let pod = scene.run(spec).await?;
+    let _peer = Peer::asking(pod.v4(8080)?, "/slow?ms=60000").await?;
+    let stop = scene.kubelet_at(&proxy)?.stop(&pod, 30 * SECOND).await;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("settled").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!((2000..5000).contains(&report.held_ms), "{report:?}");
+    ensure!(report.cut_total == 1, "{report:?}");
+    Ok(())
+}
+
+async fn idle_flows_closed(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("closer")
+        .annotation("ebb.dev/idle-flows", "close")
+        .annotation("ebb.dev/idle-after", "1s")
+        .annotation("ebb.dev/quiet", "300ms")
+        .container(server("app", 8080));
+    let pod = scene.run(spec).await?;
+    let mut idle = Peer::served(pod.v4(8080)?).await?;
+    let mut asking = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("closer").await?;
+    // A good end, and none in the middle of an answer.
+    ensure!(idle.read_to_end().await? == 0);
+    ensure!(!stopping.is_finished(), "released before the answer");
+    asking
+        .answer("slow\n")
+        .await
+        .context("cut off before the answer")?;
+    ensure!(asking.read_to_end().await? == 0);
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("closer").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(
+        report.cut_total == 0 && report.held_ms < 15_000,
+        "{report:?}"
+    );
+    Ok(())
+}
+
+async fn manual(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene.serve("manual").await?;
+    let _peer = Peer::asking(pod.v4(8080)?, "/slow?ms=60000").await?;
+    let out = agent.verb(&["release", "manual"]).await?;
+    ensure!(out.status.code() == Some(10), "nothing to release: {out:?}");
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("manual").await?;
+    let released = Instant::now();
+    agent.query(&["release", "default/manual"]).await?;
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    ensure!(released.elapsed() < 5 * SECOND, "{:?}", released.elapsed());
+    let report = agent.drain("manual").await?;
+    ensure!(report.reason == Some(ReleaseReason::Manual), "{report:?}");
+    ensure!(report.cut_total == 1, "{report:?}");
+    Ok(())
+}
+
+async fn ignored_port(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("scraped")
+        .annotation("ebb.dev/ignore-ports", "8081")
+        .container(server("app", 8080))
+        .container(server("metrics", 8081));
+    let pod = scene.run(spec).await?;
+    let _scrape = Peer::asking(pod.v4(8081)?, "/slow?ms=60000").await?;
+    let stop = scene.kubelet_at(&proxy)?.stop(&pod, 30 * SECOND).await;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("scraped").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(report.held_ms < 5_000, "{report:?}");
+    ensure!(
+        report.flows_at_start.is_some_and(|f| f.total() == 0),
+        "{report:?}"
+    );
+    Ok(())
+}
+
+async fn resets(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("reset").container(queue("app", 8080));
+    let pod = scene.run(spec).await?;
+    let accepted = Peer::connect(pod.v4(8080)?).await?;
+    let queued = Peer::asking(pod.v4(8080)?, "/").await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    let begun = agent.until_draining("reset").await?;
+    ensure!(
+        begun.flows_at_start.is_some_and(|f| f.total() == 2),
+        "{begun:?}"
+    );
+    queued.reset()?;
+    eventually("the queued one is gone", async || {
+        Ok((agent.flows("reset").await?.len() == 1).then_some(()))
+    })
+    .await?;
+    ensure!(!stopping.is_finished(), "released with a flow open");
+    accepted.reset()?;
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("reset").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(report.ended == 2 && report.cut_total == 0, "{report:?}");
+    Ok(())
+}
+
+async fn sandbox_waits(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene.serve("sandbox").await?;
+    let mut peer = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
+    let kubelet = scene.kubelet_at(&proxy)?;
+    let first = stop(kubelet.clone(), &pod, 30 * SECOND);
+    agent.until_draining("sandbox").await?;
+    // As when the kubelet takes the StopContainer for failed: what would kill the pod has to wait too.
+    let sandbox = tokio::spawn({
+        let pod = pod.clone();
+        async move { kubelet.stop_sandbox(&pod).await }
+    });
+    peer.answer("slow\n").await.context("cut off")?;
+    ensure!(!sandbox.is_finished() && !first.is_finished(), "not held");
+    drop(peer);
+    sandbox.await??;
+    let stop = first.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("sandbox").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    Ok(())
+}
+
+async fn dies_while_held(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene.serve("crash").await?;
+    let mut peer = Peer::served(pod.v4(8080)?).await?;
+    let pid = scene.kubelet()?.pid(&pod.containers[0]).await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("crash").await?;
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).context("no pid")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    ensure!(peer.read_to_end().await? == 0);
+    let stop = stopping.await?;
+    ensure!(
+        stop.error().is_none() && stop.took < 15 * SECOND,
+        "{stop:?}"
+    );
+    let report = agent.drain("crash").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    Ok(())
+}

@@ -1,0 +1,338 @@
+//! What can't be done is said in one line, with an exit status of its own, and leaves nothing.
+
+use std::{
+    convert::Infallible,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Output,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use http::{HeaderValue, Response};
+use http_body_util::Empty;
+use hyper::{body::Bytes, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use libtest_mimic::Trial;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, UnixListener, UnixStream},
+    process::Command,
+    task::JoinHandle,
+    time::timeout,
+};
+
+use crate::{
+    agent::{EBB, agent, proxy},
+    life::{entries, pinned},
+    scene::{SOON, Scene, free_port, trial},
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("an_agent_without_a_runtime_ends_with_5", no_runtime),
+        trial("an_agent_whose_runtime_is_none_ends_with_6", not_cri),
+        trial(
+            "an_agent_that_can_not_have_its_port_ends_with_7",
+            port_in_use,
+        ),
+        trial(
+            "an_agent_whose_run_directory_is_a_file_ends_with_7",
+            run_is_a_file,
+        ),
+        trial(
+            "a_second_agent_ends_with_8_and_the_first_goes_on",
+            second_agent,
+        ),
+        trial(
+            "flags_that_make_no_sense_end_with_2_and_are_named",
+            bad_flags,
+        ),
+        trial("a_question_without_an_agent_ends_with_9", no_agent),
+        trial("a_question_about_an_unknown_pod_ends_with_10", unknown_pod),
+        trial("whoever_is_not_root_ends_with_3", not_root),
+        trial(
+            "a_second_proxy_ends_with_8_and_the_first_goes_on",
+            second_proxy,
+        ),
+        trial(
+            "a_proxy_whose_path_is_taken_by_a_file_ends_with_7",
+            path_is_a_file,
+        ),
+    ]
+}
+
+/// Runs a command that must end by itself with this status and one line that says all of this.
+async fn refused(mut command: Command, status: i32, says: &[&str]) -> Result<()> {
+    // The line alone: what was logged before it is not what a supervisor shows last.
+    command.env("EBB_LOG", "error").kill_on_drop(true);
+    let out = timeout(SOON, command.output()).await;
+    let out: Output = out.context("it does not end")??;
+    let line = String::from_utf8(out.stderr)?;
+    ensure!(out.status.code() == Some(status), "{}: {line}", out.status);
+    ensure!(out.stdout.is_empty());
+    ensure!(
+        line.starts_with("ebb: ") && line.lines().count() == 1,
+        "{line}"
+    );
+    for word in says {
+        ensure!(line.contains(word), "{word:?} is not in {line}");
+    }
+    Ok(())
+}
+
+/// A failed start leaves its lock file at most: nothing to serve, nothing to remember, nothing pinned.
+/// What is not pinned is gone with the process.
+fn nothing_left(run: &Path) -> Result<()> {
+    let left = entries(run)?;
+    ensure!(left.is_empty() || left == ["agent.lock"], "left: {left:?}");
+    let pinned = pinned()?;
+    ensure!(pinned.is_empty(), "pinned: {pinned:?}");
+    Ok(())
+}
+
+/// An agent of this scene with a port of its own.
+fn agent_of(scene: &Scene, run: &Path) -> Command {
+    let mut command = agent(scene.node.socket(), run);
+    command.args(["--http", &format!("127.0.0.1:{}", free_port())]);
+    command
+}
+
+async fn no_runtime(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let nowhere = run.join("../nowhere.sock");
+    refused(agent(&nowhere, &run), 5, &["nowhere.sock", "--cri-socket"]).await?;
+    // Left by a runtime that is gone.
+    let stale = scene.directory("")?.join("stale.sock");
+    drop(UnixListener::bind(&stale)?);
+    refused(agent(&stale, &run), 5, &["stale.sock", "--cri-socket"]).await?;
+    nothing_left(&run)
+}
+
+async fn not_cri(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let sockets = scene.directory("")?;
+    let says = ["not a CRI", "--cri-socket"];
+    let (path, _server) = serve(sockets.join("http1.sock"), http1)?;
+    refused(agent(&path, &run), 6, &says).await?;
+    let (path, _server) = serve(sockets.join("grpc.sock"), grpc_of_something_else)?;
+    refused(agent(&path, &run), 6, &says).await?;
+    let file = sockets.join("file");
+    fs::write(&file, "")?;
+    refused(agent(&file, &run), 5, &["file", "--cri-socket"]).await?;
+    nothing_left(&run)
+}
+
+fn serve<F>(path: PathBuf, answer: fn(UnixStream) -> F) -> Result<(PathBuf, Server)>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = UnixListener::bind(&path)?;
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(answer(stream));
+        }
+    });
+    Ok((path, Server(task)))
+}
+
+struct Server(JoinHandle<()>);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A server of the older HTTP, such as Docker's.
+async fn http1(mut stream: UnixStream) {
+    let _ = stream.read(&mut [0; 1024]).await;
+    let reply = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    let _ = stream.write_all(reply).await;
+}
+
+/// A gRPC server that does not have the runtime service.
+async fn grpc_of_something_else(stream: UnixStream) {
+    let service = service_fn(async |_| {
+        let mut reply = Response::new(Empty::<Bytes>::new());
+        let headers = reply.headers_mut();
+        headers.insert("content-type", HeaderValue::from_static("application/grpc"));
+        headers.insert("grpc-status", HeaderValue::from_static("12"));
+        Ok::<_, Infallible>(reply)
+    });
+    let connection = http2::Builder::new(TokioExecutor::new());
+    let _ = connection
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+}
+
+async fn port_in_use(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let taken = TcpListener::bind("127.0.0.1:0").await?;
+    let address = taken.local_addr()?.to_string();
+    let mut command = agent(scene.node.socket(), &run);
+    command.args(["--http", &address]);
+    refused(command, 7, &[&address, "--http", "in use"]).await?;
+    let mut command = agent(scene.node.socket(), &run);
+    command.args(["--http", "192.0.2.1:9690"]);
+    refused(command, 7, &["192.0.2.1:9690", "--http"]).await?;
+    nothing_left(&run)
+}
+
+async fn run_is_a_file(scene: Scene) -> Result<()> {
+    let file = scene.directory("")?.join("file");
+    fs::write(&file, "mine")?;
+    let file_name = file.display().to_string();
+    refused(agent_of(&scene, &file), 7, &[&file_name, "--run-dir"]).await?;
+    refused(
+        agent_of(&scene, &file.join("below")),
+        7,
+        &[&file_name, "--run-dir"],
+    )
+    .await?;
+    ensure!(fs::read_to_string(&file)? == "mine");
+    // In the place of the agent's socket.
+    let run = scene.directory("run")?;
+    fs::write(run.join("agent.sock"), "mine")?;
+    refused(agent_of(&scene, &run), 7, &["agent.sock", "not a socket"]).await?;
+    ensure!(fs::read_to_string(run.join("agent.sock"))? == "mine");
+    fs::remove_file(run.join("agent.sock"))?;
+    nothing_left(&run)
+}
+
+async fn second_agent(scene: Scene) -> Result<()> {
+    let mut first = scene.agent(&[]).await?;
+    let run = first.run.clone();
+    refused(
+        agent_of(&scene, &run),
+        8,
+        &["another ebb agent", "stop that one"],
+    )
+    .await?;
+    ensure!(first.runs()? && first.query(&["drains"]).await.is_ok());
+    first.stop().await?;
+    // Its lock went with it.
+    scene.agent(&[]).await?.stop().await
+}
+
+async fn bad_flags(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let cases = [
+        ("--quiet", "soon"),
+        ("--quiet", "5"),
+        ("--quiet", "2d"),
+        ("--quiet", "-1s"),
+        ("--idle-after", "0s"),
+        ("--max-hold", "0s"),
+        ("--until", "never"),
+        ("--http", "nonsense"),
+        ("--http", "127.0.0.1:70000"),
+        ("--kube", "maybe"),
+    ];
+    for (flag, value) in cases {
+        let mut command = agent(scene.node.socket(), &run);
+        // The last one counts where a flag may be given once.
+        command.arg(format!("{flag}={value}")).kill_on_drop(true);
+        let out = timeout(SOON, command.output()).await;
+        let out = out.with_context(|| format!("{flag} {value} is taken"))??;
+        let text = String::from_utf8(out.stderr)?;
+        ensure!(
+            out.status.code() == Some(2),
+            "{flag} {value}: {} {text}",
+            out.status
+        );
+        let first = text.lines().next().unwrap_or_default();
+        if flag != "--kube" {
+            ensure!(first.contains(value) && first.contains(flag), "{text}");
+        }
+    }
+    nothing_left(&run)
+}
+
+async fn no_agent(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let socket = run.join("agent.sock");
+    for verb in [&["pods"][..], &["flows"], &["drains"], &["release", "web"]] {
+        let mut command = Command::new(EBB);
+        command.args(verb).arg("--agent").arg(&socket);
+        refused(command, 9, &["agent.sock", "not running"]).await?;
+    }
+    nothing_left(&run)
+}
+
+async fn unknown_pod(scene: Scene) -> Result<()> {
+    let ebb = scene.agent(&[]).await?;
+    for verb in [["flows", "no-such-pod"], ["release", "no-such-pod"]] {
+        let mut command = Command::new(EBB);
+        command.args(verb).arg("--agent").arg(ebb.socket());
+        refused(command, 10, &["no-such-pod", "ebb pods"]).await?;
+    }
+    Ok(())
+}
+
+async fn not_root(scene: Scene) -> Result<()> {
+    const NOBODY: u32 = 65534;
+    // Where it lies, nobody may be allowed to go.
+    let program = scene.directory("nobody")?.join("ebb");
+    fs::copy(EBB, &program)?;
+    let nobody = |args: &Command| {
+        let mut command = Command::new(&program);
+        command
+            .args(args.as_std().get_args())
+            .uid(NOBODY)
+            .gid(NOBODY);
+        command
+    };
+    let ebb = scene.agent(&[]).await?;
+    let mut pods = Command::new(EBB);
+    pods.arg("pods").arg("--agent").arg(ebb.socket());
+    refused(nobody(&pods), 3, &["root"]).await?;
+    // Neither its run directory,
+    let run = scene.directory("run")?;
+    refused(nobody(&agent_of(&scene, &run)), 3, &["run"]).await?;
+    // nor, where it may have that, the runtime's socket,
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o777))?;
+    refused(nobody(&agent_of(&scene, &run)), 3, &["root"]).await?;
+    // nor, where it may have that too, the kernel.
+    let (socket, _server) = forward(&scene, scene.directory("")?.join("open.sock"))?;
+    let mut command = agent(&socket, &run);
+    command.args(["--http", &format!("127.0.0.1:{}", free_port())]);
+    refused(nobody(&command), 3, &["root"]).await?;
+    nothing_left(&run)
+}
+
+/// The runtime on a socket that everybody may use.
+fn forward(scene: &Scene, path: PathBuf) -> Result<(PathBuf, Server)> {
+    let listener = UnixListener::bind(&path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;
+    let runtime = scene.node.socket().to_owned();
+    let task = tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let runtime = runtime.clone();
+            tokio::spawn(async move {
+                let mut server = UnixStream::connect(runtime).await?;
+                tokio::io::copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    Ok((path, Server(task)))
+}
+
+async fn second_proxy(scene: Scene) -> Result<()> {
+    let ebb = scene.agent(&[]).await?;
+    let first = scene.proxy(&ebb).await?;
+    let command = proxy(scene.node.socket(), &first.socket, &ebb.socket());
+    refused(command, 8, &["cri.sock", "already served", "stop it"]).await?;
+    ensure!(scene.kubelet_at(&first)?.is_ready().await?);
+    first.stop().await
+}
+
+async fn path_is_a_file(scene: Scene) -> Result<()> {
+    let directory = scene.directory("proxy")?;
+    let file = directory.join("cri.sock");
+    fs::write(&file, "mine")?;
+    let command = proxy(scene.node.socket(), &file, &directory.join("agent.sock"));
+    refused(command, 7, &["cri.sock", "not a socket", "remove it"]).await?;
+    ensure!(fs::read_to_string(&file)? == "mine");
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! The container runtime dies and comes back.
+
+use anyhow::{Context as _, Result, ensure};
+use ebb::hold::wire::ReleaseReason;
+use ebb_node::kubelet::PodSpec;
+use libtest_mimic::Trial;
+
+use crate::{
+    hold::stop,
+    peer::Peer,
+    scene::{Alone, SECOND, eventually, run, server, trial_alone},
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![trial_alone(
+        "a_runtime_that_dies_and_comes_back_takes_nothing_along",
+        dies_and_comes_back,
+    )]
+}
+
+async fn dies_and_comes_back(mut scene: Alone) -> Result<()> {
+    let (mut agent, proxy) = scene.ebb(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let before = run(
+        &scene.node,
+        PodSpec::new("before").container(server("app", 8080)),
+    )
+    .await?;
+    let peer = Peer::served(before.v4(8080)?).await?;
+    ensure!(agent.flows("before").await?.len() == 1);
+    let kubelet = scene.node.kubelet_at(&proxy.socket)?;
+    ensure!(kubelet.is_ready().await?);
+    ensure!(agent.get("/readyz").await?.status == 200);
+
+    scene.node.containerd().kill().await?;
+    // What was known is still shown, and what the kernel knows is as true as before.
+    let second = Peer::served(before.v4(8080)?).await?;
+    let flows = agent.flows("before").await?;
+    ensure!(flows.len() == 2, "{flows:?}");
+    ensure!(
+        flows.iter().any(|f| f.remote == second.address),
+        "{flows:?}"
+    );
+    ensure!(
+        agent
+            .pod("before")
+            .await?
+            .flows
+            .is_some_and(|f| f.total() == 2)
+    );
+    drop(second);
+    // The kubelet hears from the proxy what it would hear from the runtime.
+    let error = kubelet
+        .is_ready()
+        .await
+        .err()
+        .context("the proxy answers")?;
+    ensure!(format!("{error:#}").contains("Unavailable"), "{error:#}");
+    let ready = agent.get("/readyz").await;
+    ensure!(ready.is_err(), "ready without a runtime: {ready:?}");
+    ensure!(agent.get("/healthz").await?.status == 200);
+
+    scene.node.containerd().resume().await?;
+    ensure!(agent.runs()?, "the agent has ended");
+    eventually("the proxy is back", async || {
+        Ok(kubelet.is_ready().await.unwrap_or(false).then_some(()))
+    })
+    .await?;
+    eventually("the agent is ready", async || {
+        Ok(agent.get("/readyz").await.is_ok().then_some(()))
+    })
+    .await?;
+    let after = kubelet
+        .run(&PodSpec::new("after").container(server("app", 8080)))
+        .await?;
+    ebb_node::http::until_open(after.v4(8080)?, 5 * SECOND).await?;
+    let other = Peer::served(after.v4(8080)?).await?;
+    let flows = agent.flows("after").await?;
+    ensure!(
+        flows.len() == 1 && flows[0].remote == other.address,
+        "{flows:?}"
+    );
+    ensure!(agent.flows("before").await?.len() == 1);
+
+    let stopping = stop(kubelet, &before, 30 * SECOND);
+    agent.until_draining("before").await?;
+    tokio::time::sleep(SECOND).await;
+    ensure!(!stopping.is_finished(), "not held");
+    drop(peer);
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("before").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    agent.stop().await?;
+    proxy.stop().await
+}

@@ -1,0 +1,233 @@
+//! What a trial has: the node, a directory, pods, and time.
+
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU16, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use ebb_node::{
+    Node, http,
+    kubelet::{ContainerSpec, Kubelet, Pod, PodSpec},
+};
+use libtest_mimic::Trial;
+use tokio::{
+    runtime::Runtime,
+    sync::{OnceCell, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Instant, sleep, timeout},
+};
+
+use crate::proc_net;
+
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+
+/// For what is said to happen "soon". Ten trials at once on two cores are slow at times.
+pub(crate) const SOON: Duration = Duration::from_secs(15);
+
+/// For a trial that hangs.
+const LONGEST: Duration = Duration::from_secs(120);
+
+/// The node's own address on the pod network.
+pub(crate) const NODE_V4: &str = "10.88.0.1";
+pub(crate) const NODE_V6: &str = "fd00:ebb::1";
+
+/// Where the fixture is in its containers.
+pub(crate) const FIXTURE: &str = "/usr/bin/ebb-fixture";
+
+/// A trial that shares the node with others.
+pub(crate) struct Scene {
+    pub(crate) node: RwLockReadGuard<'static, Node>,
+    directory: PathBuf,
+}
+
+/// A trial that has the node for itself, and may stop containerd.
+pub(crate) struct Alone {
+    pub(crate) node: RwLockWriteGuard<'static, Node>,
+    pub(crate) directory: PathBuf,
+}
+
+/// Makes a trial of an async function.
+pub(crate) fn trial<F>(name: &'static str, f: impl FnOnce(Scene) -> F + Send + 'static) -> Trial
+where
+    F: Future<Output = Result<()>>,
+{
+    Trial::test(name, move || {
+        play(name, async move |directory| {
+            let node = node().await?.read().await;
+            within(f(Scene { node, directory })).await
+        })
+    })
+}
+
+/// Makes a trial of an async function that needs the node for itself.
+pub(crate) fn trial_alone<F>(
+    name: &'static str,
+    f: impl FnOnce(Alone) -> F + Send + 'static,
+) -> Trial
+where
+    F: Future<Output = Result<()>>,
+{
+    Trial::test(name, move || {
+        play(name, async move |directory| {
+            let node = node().await?.write().await;
+            within(f(Alone { node, directory })).await
+        })
+    })
+}
+
+fn play(
+    name: &str,
+    f: impl AsyncFnOnce(PathBuf) -> Result<()>,
+) -> Result<(), libtest_mimic::Failed> {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    let runtime = RUNTIME.get_or_init(|| Runtime::new().expect("a machine with threads"));
+    let place = ebb_node::sandbox::place()?;
+    // Short: the path of a socket has 108 bytes at most.
+    static TRIALS: AtomicU16 = AtomicU16::new(0);
+    let number = TRIALS.fetch_add(1, Ordering::Relaxed).to_string();
+    let directory = place.directory().join("trials").join(number);
+    std::fs::create_dir_all(&directory)?;
+    let started = Instant::now();
+    let result = runtime.block_on(f(directory.clone()));
+    if std::env::var_os("EBB_TEST_TIMES").is_some() {
+        eprintln!("{:6.1} s  {name}", started.elapsed().as_secs_f64());
+    }
+    result.map_err(|e| format!("{e:#}\n{}", logs(&directory)).into())
+}
+
+/// Starts the node for the first trial that needs it.
+async fn node() -> Result<&'static RwLock<Node>> {
+    static NODE: OnceCell<RwLock<Node>> = OnceCell::const_new();
+    NODE.get_or_try_init(async || Ok(RwLock::new(Node::start().await?)))
+        .await
+}
+
+async fn within(trial: impl Future<Output = Result<()>>) -> Result<()> {
+    timeout(LONGEST, trial)
+        .await
+        .with_context(|| format!("the trial took longer than {LONGEST:?}"))?
+}
+
+/// What the agents and proxies of a trial have logged.
+fn logs(directory: &Path) -> String {
+    let mut files: Vec<_> = directory
+        .read_dir()
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "log"))
+        .collect();
+    files.sort();
+    let text = |path: &PathBuf| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        format!("-- {}\n{text}", path.display())
+    };
+    files.iter().map(text).collect()
+}
+
+/// A port of the node that no other trial uses, below those that the kernel gives to clients.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Waits until `f` gives something. An error of `f` is passed on; it is no reason to try again.
+pub(crate) async fn eventually<T>(
+    what: &str,
+    mut f: impl AsyncFnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = f().await? {
+            return Ok(found);
+        }
+        if started.elapsed() > SOON {
+            bail!("not within {SOON:?}: {what}");
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+impl Scene {
+    /// A new directory of the trial.
+    pub(crate) fn directory(&self, name: &str) -> Result<PathBuf> {
+        directory(&self.directory, name)
+    }
+
+    /// A kubelet that talks straight to the runtime.
+    pub(crate) fn kubelet(&self) -> Result<Kubelet> {
+        self.node.kubelet()
+    }
+
+    /// Runs a pod and waits until its servers listen. Names are shared by all trials.
+    pub(crate) async fn run(&self, spec: PodSpec) -> Result<Pod> {
+        run(&self.node, spec).await
+    }
+
+    /// Runs a pod with one server, on port 8080.
+    pub(crate) async fn serve(&self, name: &str) -> Result<Pod> {
+        self.run(PodSpec::new(name).container(server("app", 8080)))
+            .await
+    }
+
+    /// What containerd has logged, for what it was really asked to do.
+    pub(crate) fn containerd_log(&self) -> Result<String> {
+        let path = self.node.place().directory().join("containerd/log");
+        Ok(std::fs::read_to_string(path)?)
+    }
+
+    /// The timeouts, in seconds, with which containerd was asked to stop a container.
+    pub(crate) fn stop_timeouts(&self, container: &str) -> Result<Vec<u64>> {
+        let log = self.containerd_log()?;
+        let calls = log
+            .lines()
+            .filter(|line| line.contains("StopContainer for") && line.contains(container))
+            .filter_map(|line| line.split_once("with timeout "))
+            .filter_map(|(_, rest)| rest.split(' ').next()?.parse().ok());
+        Ok(calls.collect())
+    }
+}
+
+pub(crate) fn directory(parent: &Path, name: &str) -> Result<PathBuf> {
+    let path = parent.join(name);
+    std::fs::create_dir_all(&path).with_context(|| format!("can't make {}", path.display()))?;
+    Ok(path)
+}
+
+/// Runs a pod and waits until its servers listen, and have forgotten that they were tried.
+pub(crate) async fn run(node: &Node, spec: PodSpec) -> Result<Pod> {
+    let kubelet = node.kubelet()?;
+    let pod = kubelet.run(&spec).await?;
+    for container in &spec.containers {
+        let port = container.args.iter().skip_while(|a| *a != "--port").nth(1);
+        let Some(port) = port else { continue };
+        let port = port.parse()?;
+        http::until_open(pod.v4(port)?, SOON).await?;
+        let pid = kubelet.pid(pod.container(&container.name)?).await?;
+        eventually("the trial connection is gone", async || {
+            Ok(proc_net::is_quiet(pid, port)?.then_some(()))
+        })
+        .await?;
+    }
+    Ok(pod)
+}
+
+/// A container with the fixture's server.
+pub(crate) fn server(name: &str, port: u16) -> ContainerSpec {
+    ContainerSpec::fixture(name, &["serve", "--port", &port.to_string()])
+}
+
+/// A container whose server answers one connection after the other, the next only when the one before is
+/// closed.
+pub(crate) fn queue(name: &str, port: u16) -> ContainerSpec {
+    ContainerSpec::fixture(
+        name,
+        &["serve", "--port", &port.to_string(), "--one-by-one"],
+    )
+}

@@ -1,0 +1,373 @@
+//! Whose connection is it, who opened it, and is it counted once?
+
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+
+use anyhow::{Result, ensure};
+use ebb::{
+    flow::{Direction, Exempt},
+    hold::wire::ReleaseReason,
+    ids::NetnsInode,
+    kernel::{Netns, Tracker, WorkloadCount},
+    report::view::FlowView,
+};
+use ebb_node::kubelet::{Container, Kubelet, Output, Pod, PodSpec};
+use libtest_mimic::Trial;
+use tokio::task::JoinHandle;
+
+use crate::{
+    agent::Agent,
+    peer::{Peer, Silent},
+    proc_net,
+    scene::{FIXTURE, NODE_V4, NODE_V6, SECOND, Scene, eventually, free_port, server, trial},
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial(
+            "inbound_flows_of_both_families_are_those_of_the_kernels_own_tables",
+            both_families,
+        ),
+        trial(
+            "an_ipv4_client_of_a_dual_stack_listener_is_one_flow_with_ipv4_addresses",
+            dual_stack,
+        ),
+        trial("what_a_pod_dials_is_outbound_and_does_not_hold", outbound),
+        trial(
+            "flows_of_all_containers_are_the_pods_and_those_within_it_do_not_hold",
+            two_containers,
+        ),
+        trial(
+            "a_host_network_pod_has_the_flows_of_its_cgroups_only_and_is_held_for_them",
+            host_network,
+        ),
+        trial(
+            "flows_older_than_the_agent_are_inbound_count_once_and_hold",
+            older_than_agent,
+        ),
+    ]
+}
+
+type Ends = BTreeSet<(SocketAddr, SocketAddr)>;
+
+fn ends<'a>(flows: impl IntoIterator<Item = &'a FlowView>) -> Ends {
+    flows.into_iter().map(|f| (f.local, f.remote)).collect()
+}
+
+fn inbound(flows: &[FlowView]) -> impl Iterator<Item = &FlowView> {
+    flows.iter().filter(|f| f.direction == Direction::Inbound)
+}
+
+/// Waits until ebb has this many flows of the pod, in and out.
+async fn until_flows(agent: &Agent, pod: &Pod, n: usize) -> Result<Vec<FlowView>> {
+    let mut last = Vec::new();
+    let found = eventually("that many flows", async || {
+        last = agent.flows(&pod.spec.name).await?;
+        Ok((last.len() == n).then(|| last.clone()))
+    })
+    .await;
+    found.map_err(|e| e.context(format!("{n} flows expected, the last look had {last:#?}")))
+}
+
+/// Runs the fixture's client in a container, in the background.
+pub(crate) fn dial(
+    kubelet: &Kubelet,
+    container: &Container,
+    url: String,
+) -> JoinHandle<Result<Output>> {
+    let (kubelet, container) = (kubelet.clone(), container.clone());
+    tokio::spawn(async move {
+        kubelet
+            .exec(&container, &[FIXTURE, "get", &url], Duration::ZERO)
+            .await
+    })
+}
+
+async fn both_families(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&[]).await?;
+    let pod = scene.serve("families").await?;
+    let mut peers = Vec::new();
+    for server in [pod.v4(8080)?, pod.v6(8080)?, pod.v4(8080)?, pod.v6(8080)?] {
+        peers.push(Peer::served(server).await?);
+    }
+    // Accepted, and nothing said.
+    peers.push(Peer::connect(pod.v4(8080)?).await?);
+    let flows = until_flows(&agent, &pod, 5).await?;
+    let pid = scene.kubelet()?.pid(pod.container("app")?).await?;
+    ensure!(
+        ends(&flows) == proc_net::established(pid, 8080)?,
+        "{flows:#?}"
+    );
+    for flow in &flows {
+        ensure!(
+            flow.direction == Direction::Inbound && flow.holds,
+            "{flow:?}"
+        );
+        ensure!(!flow.older_than_agent && flow.age_ms.is_some(), "{flow:?}");
+        ensure!(peers.iter().any(|p| p.address == flow.remote), "{flow:?}");
+    }
+    // "/" is 4 + 1 + 1 + 8 + 4 bytes of request line and end, and its answer is a whole one.
+    let served = flows.iter().find(|f| f.remote == peers[0].address);
+    ensure!(
+        served.is_some_and(|f| f.bytes_in == 18 && f.bytes_out > 3),
+        "{served:?}"
+    );
+    peers.truncate(1);
+    let flows = until_flows(&agent, &pod, 1).await?;
+    ensure!(flows[0].remote == peers[0].address, "{flows:?}");
+    Ok(())
+}
+
+async fn dual_stack(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&[]).await?;
+    let app =
+        ebb_node::kubelet::ContainerSpec::fixture("app", &["serve", "--port", "8080", "--dual"]);
+    let pod = scene.run(PodSpec::new("dual").container(app)).await?;
+    let four = Peer::served(pod.v4(8080)?).await?;
+    let six = Peer::served(pod.v6(8080)?).await?;
+    let flows = until_flows(&agent, &pod, 2).await?;
+    let expected = Ends::from([(pod.v4(8080)?, four.address), (pod.v6(8080)?, six.address)]);
+    ensure!(ends(&flows) == expected, "{flows:#?}");
+    let pid = scene.kubelet()?.pid(pod.container("app")?).await?;
+    ensure!(proc_net::established(pid, 8080)? == expected);
+    Ok(())
+}
+
+async fn outbound(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "200ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene.serve("dialler").await?;
+    let silent = Silent::listen().await?;
+    let app = pod.container("app")?;
+    let kubelet = scene.kubelet()?;
+    let port = silent.port;
+    dial(&kubelet, app, format!("http://{NODE_V4}:{port}/"));
+    dial(&kubelet, app, format!("http://[{NODE_V6}]:{port}/"));
+    let flows = until_flows(&agent, &pod, 2).await?;
+    for flow in &flows {
+        ensure!(flow.direction == Direction::Outbound, "{flow:?}");
+        ensure!(
+            flow.exempt == Some(Exempt::Outbound) && !flow.holds,
+            "{flow:?}"
+        );
+        ensure!(flow.remote.port() == port, "{flow:?}");
+    }
+    let families: BTreeSet<bool> = flows.iter().map(|f| f.remote.is_ipv4()).collect();
+    ensure!(families.len() == 2, "{flows:#?}");
+    let view = agent.pod("dialler").await?;
+    ensure!(view.flows.is_some_and(|f| f.total() == 0), "{view:?}");
+    ensure!(view.exempt == Some(2), "{view:?}");
+
+    let stop = scene.kubelet_at(&proxy)?.stop(&pod, 30 * SECOND).await;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("dialler").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(
+        report.held_ms < 5_000 && report.cut_total == 0,
+        "{report:?}"
+    );
+    Ok(())
+}
+
+async fn two_containers(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--quiet", "200ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let spec = PodSpec::new("pair")
+        .container(server("front", 8080))
+        .container(server("back", 8081));
+    let pod = scene.run(spec).await?;
+    let front = Peer::served(pod.v4(8080)?).await?;
+    let back = Peer::served(pod.v4(8081)?).await?;
+    let kubelet = scene.kubelet()?;
+    // By loopback, and by the pod's own address.
+    let own = pod.v4(8081)?;
+    dial(
+        &kubelet,
+        pod.container("front")?,
+        "http://127.0.0.1:8081/slow?ms=60000".into(),
+    );
+    dial(
+        &kubelet,
+        pod.container("front")?,
+        format!("http://{own}/slow?ms=60000"),
+    );
+    let flows = until_flows(&agent, &pod, 6).await?;
+    let holding = flows.iter().filter(|f| f.holds);
+    let expected = Ends::from([
+        (pod.v4(8080)?, front.address),
+        (pod.v4(8081)?, back.address),
+    ]);
+    ensure!(ends(holding) == expected, "{flows:#?}");
+    let within: Vec<_> = inbound(&flows).filter(|f| !f.holds).collect();
+    ensure!(within.len() == 2, "{flows:#?}");
+    ensure!(
+        within.iter().all(|f| f.exempt == Some(Exempt::InPod)),
+        "{flows:#?}"
+    );
+    let dialled = flows.iter().filter(|f| f.exempt == Some(Exempt::Outbound));
+    ensure!(dialled.count() == 2, "{flows:#?}");
+
+    drop((front, back));
+    let stop = scene.kubelet_at(&proxy)?.stop(&pod, 30 * SECOND).await;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("pair").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(
+        report.held_ms < 5_000 && report.cut_total == 0,
+        "{report:?}"
+    );
+    Ok(())
+}
+
+async fn host_network(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "200ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let port = free_port();
+    let spec = PodSpec::new("on-host")
+        .host_network()
+        .container(server("app", port));
+    let pod = scene.run(spec).await?;
+    // Both ends of these are in the host's namespace too, and neither is the pod's.
+    let foreign = Silent::listen().await?;
+    let _foreign = Peer::connect(SocketAddr::new(pod.v4(0)?.ip(), foreign.port)).await?;
+    let four = Peer::served(pod.v4(port)?).await?;
+    let six = Peer::served(pod.v6(port)?).await?;
+    let flows = until_flows(&agent, &pod, 2).await?;
+    let expected = Ends::from([(pod.v4(port)?, four.address), (pod.v6(port)?, six.address)]);
+    ensure!(ends(&flows) == expected, "{flows:#?}");
+    ensure!(flows.iter().all(|f| f.holds), "{flows:#?}");
+    // What the pod dials is told by cgroup as well.
+    let app = pod.container("app")?;
+    dial(
+        &scene.kubelet()?,
+        app,
+        format!("http://127.0.0.1:{}/", foreign.port),
+    );
+    let flows = until_flows(&agent, &pod, 3).await?;
+    ensure!(inbound(&flows).count() == 2, "{flows:#?}");
+
+    let kubelet = scene.kubelet_at(&proxy)?;
+    let stopping = tokio::spawn({
+        let pod = pod.clone();
+        async move { kubelet.stop(&pod, 30 * SECOND).await }
+    });
+    agent.until_draining("on-host").await?;
+    drop(four);
+    tokio::time::sleep(SECOND).await;
+    ensure!(!stopping.is_finished(), "released with a flow open");
+    drop(six);
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("on-host").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(
+        report.flows_at_start.is_some_and(|f| f.total() == 2),
+        "{report:?}"
+    );
+    ensure!(report.ended == 2 && report.cut_total == 0, "{report:?}");
+    Ok(())
+}
+
+async fn older_than_agent(scene: Scene) -> Result<()> {
+    const PEERS: usize = 200;
+    let pod = scene.serve("elder").await?;
+    let kubelet = scene.kubelet()?;
+    let silent = Silent::listen().await?;
+    let app = pod.container("app")?;
+    dial(&kubelet, app, format!("http://{NODE_V4}:{}/", silent.port));
+    let mut peers = Vec::new();
+    for _ in 0..PEERS {
+        peers.push(Peer::served(pod.v4(8080)?).await?);
+    }
+    let last = Peer::served(pod.v4(8080)?).await?;
+    let pid = kubelet.pid(app).await?;
+    eventually("the pod's own connection", async || {
+        let dialled = std::fs::read_to_string(format!("/proc/{pid}/net/tcp"))?;
+        let port = format!(":{:04X} 01 ", silent.port);
+        Ok(dialled.contains(&port).then_some(()))
+    })
+    .await?;
+    let netns = Netns::of_process(pid)?.inode();
+
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "200ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    // The same programs once more, for their counters of this namespace alone.
+    let (tracker, _events) = Tracker::start(ebb::kernel::Options::default())?;
+    let flows = agent.flows("elder").await?;
+    ensure!(flows.iter().all(|f| f.older_than_agent), "{flows:#?}");
+    ensure!(
+        inbound(&flows).count() == PEERS + 1,
+        "{} flows",
+        flows.len()
+    );
+    ensure!(inbound(&flows).all(|f| f.holds));
+    ensure!(flows.len() == PEERS + 2, "{} flows", flows.len());
+    ensure!(
+        counted(&tracker, netns) == (PEERS as i64 + 1, 1),
+        "{:?}",
+        tracker.counts()
+    );
+    // This metric is of the whole node, which has other trials' flows too.
+    let at_first = agent.metric(r#"ebb_flows{direction="inbound"}"#).await?;
+    ensure!(at_first > PEERS as i64, "{at_first}");
+
+    // New ones beside the old.
+    let new = Peer::served(pod.v4(8080)?).await?;
+    let flows = agent.flows("elder").await?;
+    let young: Vec<_> = flows.iter().filter(|f| !f.older_than_agent).collect();
+    ensure!(
+        young.len() == 1 && young[0].remote == new.address,
+        "{young:?}"
+    );
+    ensure!(
+        counted(&tracker, netns) == (PEERS as i64 + 2, 1),
+        "{:?}",
+        tracker.counts()
+    );
+
+    drop(peers);
+    let flows = until_flows(&agent, &pod, 3).await?;
+    ensure!(
+        counted(&tracker, netns) == (2, 1),
+        "{flows:?} {:?}",
+        tracker.counts()
+    );
+    let afterwards = agent.metric(r#"ebb_flows{direction="inbound"}"#).await?;
+    ensure!(
+        (0..at_first - PEERS as i64 / 2).contains(&afterwards),
+        "{PEERS} flows closed: {at_first} before, {afterwards} after"
+    );
+    drop(new);
+    ensure!(
+        tracker.losses()?.iter().all(|n| *n == 0),
+        "{:?}",
+        tracker.losses()
+    );
+
+    let kubelet = scene.kubelet_at(&proxy)?;
+    let stopping = tokio::spawn({
+        let pod = pod.clone();
+        async move { kubelet.stop(&pod, 30 * SECOND).await }
+    });
+    let report = agent.until_draining("elder").await?;
+    ensure!(
+        report.flows_at_start.is_some_and(|f| f.total() == 1),
+        "{report:?}"
+    );
+    tokio::time::sleep(SECOND).await;
+    ensure!(!stopping.is_finished(), "released with a flow open");
+    drop(last);
+    ensure!(stopping.await?.error().is_none());
+    let report = agent.drain("elder").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    Ok(())
+}
+
+/// Inbound and outbound flows of a namespace by the programs' own counters.
+fn counted(tracker: &Tracker, netns: NetnsInode) -> (i64, i64) {
+    let counts = tracker.counts();
+    let own = || counts.iter().filter(|c: &&WorkloadCount| c.netns == netns);
+    (
+        own().map(|c| c.inbound).sum(),
+        own().map(|c| c.outbound).sum(),
+    )
+}

@@ -1,6 +1,6 @@
 //! What all doors of the agent share.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     drain::{driver::DrainHandle, policy::Policy},
@@ -40,6 +40,16 @@ impl Agent {
             .get(&pod.name.uid)
             .map_or(&pod.annotations, |p| &p.annotations);
         self.policy.from_annotations(annotations)
+    }
+
+    /// The grace period of a pod, as far as it is known: of its deletion, else of its spec.
+    pub fn grace_of(&self, pod: &Pod) -> Option<Duration> {
+        let kube = self.kube.pods();
+        let kube = kube.borrow();
+        let deletion = kube.pods.get(&pod.name.uid).and_then(|p| p.deletion);
+        deletion
+            .and_then(|d| d.grace)
+            .or_else(|| pod.containers.iter().filter_map(|c| c.grace).max())
     }
 
     /// The flows of a pod now.

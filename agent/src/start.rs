@@ -28,6 +28,7 @@ use crate::{
         judge::Judge,
         node_port,
     },
+    ids::SocketCookie,
     kernel::{self, KernelError, Look, Tracker},
     pods::{
         Scope,
@@ -106,7 +107,11 @@ impl Kernel for Tracker {
         Self::look(self, scope).await.map_err(look_error)
     }
 
-    async fn close_idle(&self, scope: &Scope, idle: Vec<Flow>) -> Result<u32, LookError> {
+    async fn close_idle(
+        &self,
+        scope: &Scope,
+        idle: Vec<Flow>,
+    ) -> Result<Vec<SocketCookie>, LookError> {
         Self::close_idle(self, scope, idle)
             .await
             .map_err(look_error)

@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use crate::process::{cargo, output};
+use crate::process::{cargo, command, output};
 
 /// SPDX ids that need nothing but a notice.
 const ALLOWED: &[&str] = &[
@@ -26,8 +26,12 @@ const ALLOWED: &[&str] = &[
 
 /// Fails with a list of the packages that are not as they should be.
 pub(crate) fn check() -> Result<()> {
-    let metadata =
-        output(cargo().args(["metadata", "--format-version=1", "--locked", "--offline"]))?;
+    // What is compiled here. It has been downloaded by now, so this works without a network too.
+    let metadata = output(
+        cargo()
+            .args(["metadata", "--format-version=1", "--locked"])
+            .args(["--filter-platform", &host()?]),
+    )?;
     let metadata: Value = serde_json::from_str(&metadata).context("reading cargo metadata")?;
     let packages = metadata["packages"]
         .as_array()
@@ -40,6 +44,13 @@ pub(crate) fn check() -> Result<()> {
         "dependencies to replace, or to allow in xtask/src/licences.rs:\n  {}",
         bad.join("\n  ")
     )
+}
+
+/// The platform that is compiled for, such as `x86_64-unknown-linux-gnu`.
+fn host() -> Result<String> {
+    let version = output(command("rustc").arg("-vV"))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc -vV names no host")?.to_owned())
 }
 
 fn problem(package: &Value) -> Option<String> {

@@ -440,8 +440,8 @@ impl<K: Kernel> Drains<K> {
                 self.answer_with(id, async move {
                     let closed = kernel.close_idle(&pod.scope, idle).await;
                     Event::IdleClosed(closed.unwrap_or_else(|e| {
-                        warn!(pod = %pod.name, "idle flows are left to their clients: {e}");
-                        0
+                        warn!(pod = %pod.name, "can't close idle flows: {e}");
+                        vec![]
                     }))
                 });
             }

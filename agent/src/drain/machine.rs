@@ -72,8 +72,10 @@ pub struct Machine {
     /// The close edge after which nothing was in the way any more.
     emptied_by: Option<BootTime>,
     released: Option<(ReleaseReason, BootTime)>,
-    /// Idle flows that were to be closed.
-    asked_to_close: HashSet<SocketCookie>,
+    /// Idle flows that are being told to close.
+    closing: HashSet<SocketCookie>,
+    /// Those that have been: what they do now is their owner's affair.
+    told_to_close: HashSet<SocketCookie>,
     tally: Tally,
     revision: u64,
 }
@@ -101,7 +103,8 @@ impl Machine {
             untracked: None,
             emptied_by: None,
             released: None,
-            asked_to_close: HashSet::new(),
+            closing: HashSet::new(),
+            told_to_close: HashSet::new(),
             tally: Tally::default(),
             revision: 0,
         }
@@ -139,8 +142,11 @@ impl Machine {
                 looked = true;
             }
             Event::LookFailed(why) => self.look_failed(why, now),
-            Event::IdleClosed(n) => {
-                self.tally.idle_closed += n;
+            Event::IdleClosed(closed) => {
+                // Those that had moved may become idle once more.
+                self.closing.clear();
+                self.tally.idle_closed += u32::try_from(closed.len()).unwrap_or(u32::MAX);
+                self.told_to_close.extend(closed);
                 self.revision += 1;
             }
             Event::Lost => {
@@ -352,18 +358,18 @@ impl Machine {
         self.policy.idle_flows == IdleFlows::Close
     }
 
-    /// The idle flows to close now: each is asked once. Not before the settle phase is over, because
+    /// The idle flows to close now: each is told once, one round at a time. Not before the settle phase is over, because
     /// clients that do not know better would only come back.
     fn idle_to_close(&mut self) -> Option<Action> {
-        if self.phase != Phase::Drain || !self.closes_idle() {
+        if self.phase != Phase::Drain || !self.closes_idle() || !self.closing.is_empty() {
             return None;
         }
         let idle = self.tally.last_look().map(Snapshot::holding)?;
         let idle: Vec<Flow> = idle
-            .filter(|f| f.state == FlowState::Idle && !self.asked_to_close.contains(&f.cookie))
+            .filter(|f| f.state == FlowState::Idle && !self.told_to_close.contains(&f.cookie))
             .cloned()
             .collect();
-        self.asked_to_close.extend(idle.iter().map(|f| f.cookie));
+        self.closing.extend(idle.iter().map(|f| f.cookie));
         (!idle.is_empty()).then_some(Action::CloseIdle(idle))
     }
 

@@ -69,7 +69,7 @@ async fn wanted(agent: &Agent, request: &HoldRequest) -> Result<HoldOrder, &'sta
             if agent.kube.is_deleting(&pod, LONGEST_WAIT).await == Some(false) {
                 return Err("not-deleting");
             }
-            let grace = pod.containers.iter().filter_map(|c| c.grace).max();
+            let grace = agent.grace_of(&pod);
             (pod, grace)
         }
     };

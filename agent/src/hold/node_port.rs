@@ -17,7 +17,10 @@ use super::caller::{self, Ends};
 use crate::{
     agent::Agent,
     drain::driver::HoldOrder,
-    report::{text::one_line, view::Problem},
+    report::{
+        text::one_line,
+        view::{Problem, SCHEMA, WaitReply},
+    },
 };
 
 /// Serves until `stop`; requests under way are ended by the release of their holds.
@@ -68,7 +71,7 @@ async fn wait(
         );
     };
     let (policy, warnings) = agent.policy_of(&pod);
-    let grace = pod.containers.iter().filter_map(|c| c.grace).max();
+    let grace = agent.grace_of(&pod);
     let hold = agent
         .drains
         .hold(HoldOrder {
@@ -80,7 +83,11 @@ async fn wait(
             patience: patience.map(|p| p + crate::drain::policy::PATIENCE_MARGIN),
         })
         .await;
-    Json(hold.released().await.as_ref().clone()).into_response()
+    Json(WaitReply {
+        schema: SCHEMA.into(),
+        report: hold.released().await.as_ref().clone(),
+    })
+    .into_response()
 }
 
 /// Ready once the programs are attached, which is before this port is served; not if the runtime is gone.

@@ -19,14 +19,14 @@ use rustix::{
 use super::{Netns, sock_diag::SockDiag};
 use crate::{
     flow::{Flow, Sample, TcpState},
-    ids::NetnsInode,
+    ids::{NetnsInode, SocketCookie},
 };
 
 /// Who has a socket open: a process and the number of a descriptor of its.
 type Owner = (Pid, i32);
 
-/// Closes those of `idle` that have not moved since they were looked at, and returns how many.
-pub(super) fn idle(netns: &Netns, idle: &[Flow]) -> io::Result<u32> {
+/// Closes those of `idle` that have not moved since they were looked at, and returns which.
+pub(super) fn idle(netns: &Netns, idle: &[Flow]) -> io::Result<Vec<SocketCookie>> {
     let diag = netns.run(SockDiag::open)?;
     let mut at_rest = HashMap::new();
     for flow in idle {
@@ -37,7 +37,7 @@ pub(super) fn idle(netns: &Netns, idle: &[Flow]) -> io::Result<u32> {
         }
     }
     let owners = owners(netns.inode(), &at_rest.keys().copied().collect());
-    let mut closed = 0;
+    let mut closed = Vec::new();
     for (inode, flow) in at_rest {
         let Some(socket) = owners.get(&inode).and_then(|owner| duplicate(*owner, flow)) else {
             continue;
@@ -46,7 +46,7 @@ pub(super) fn idle(netns: &Netns, idle: &[Flow]) -> io::Result<u32> {
         let still = diag.find(flow.local, flow.remote)?;
         if still.is_some_and(|s| is_untouched(&s, flow)) {
             shutdown(&socket, Shutdown::Read)?;
-            closed += 1;
+            closed.push(flow.cookie);
         }
     }
     Ok(closed)

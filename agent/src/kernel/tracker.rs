@@ -19,7 +19,7 @@ use super::{
 use crate::{
     clock::BootTime,
     flow::{Flow, Sample},
-    ids::{CgroupId, NetnsInode},
+    ids::{CgroupId, NetnsInode, SocketCookie},
     pods::Scope,
 };
 
@@ -80,7 +80,9 @@ impl Tracker {
             let lost = Arc::clone(&programs.lost);
             tokio::spawn(async move {
                 if let Err(e) = events::forward(ring, lost, to.clone()).await {
-                    tracing::error!("reading kernel events: {e}; drains go by looks alone");
+                    tracing::error!(
+                        "reading kernel events: {e}; pods are held for the settle time alone until the agent is restarted"
+                    );
                     // A closed channel would say the same, but this one is heard at once.
                     let _ = to.send(KernelEvent::Lost).await;
                 }
@@ -136,12 +138,16 @@ impl Tracker {
     }
 
     /// Closes the reading side of `idle` flows of a pod, of those that have not moved since the look that
-    /// found them idle, and returns how many. Their owners then close them.
+    /// found them idle, and returns which. Their owners then close them.
     ///
     /// # Errors
     ///
     /// As [`Tracker::look`]; some may have been closed by then.
-    pub async fn close_idle(&self, scope: &Scope, idle: Vec<Flow>) -> io::Result<u32> {
+    pub async fn close_idle(
+        &self,
+        scope: &Scope,
+        idle: Vec<Flow>,
+    ) -> io::Result<Vec<SocketCookie>> {
         let scope = scope.clone();
         self.blocking(move |inner| inner.within(&scope, |netns| close::idle(netns, &idle)))
             .await

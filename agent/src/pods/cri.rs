@@ -391,7 +391,7 @@ mod tests {
 
     /// The whole chain on one line, as `main` prints it.
     fn line(e: CriError) -> String {
-        format!("{:#}", anyhow::Error::new(e))
+        crate::report::text::one_line(&e.into())
     }
 
     #[tokio::test]
@@ -416,11 +416,11 @@ mod tests {
         assert!(matches!(e, CriError::Unreachable { .. }));
         let line = line(e);
         assert!(
-            line.contains("/nonexistent/cri.sock; is containerd running? set --cri-socket"),
+            line.contains("/nonexistent/cri.sock: No such file or directory"),
             "{line}"
         );
         assert!(
-            line.ends_with("No such file or directory (os error 2)"),
+            line.ends_with("is containerd running? set --cri-socket to its socket"),
             "{line}"
         );
     }

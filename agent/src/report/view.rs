@@ -213,6 +213,16 @@ pub struct DrainList {
     pub drains: Vec<Report>,
 }
 
+/// `GET /v1/wait` on the node port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitReply {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// The caller's drain.
+    #[serde(flatten)]
+    pub report: Report,
+}
+
 /// What went wrong, for any request that fails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {

@@ -1,6 +1,6 @@
 //! The states of flows, each made by real servers and clients.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{

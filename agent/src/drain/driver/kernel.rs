@@ -7,6 +7,7 @@ use tokio::time::timeout;
 use crate::{
     drain::policy::Policy,
     flow::{Flow, Snapshot},
+    ids::SocketCookie,
     kernel::Look,
     pods::{Pod, Scope},
 };
@@ -24,12 +25,12 @@ pub trait Kernel: Send + Sync + 'static {
     /// All TCP sockets of the pod.
     fn look(&self, scope: &Scope) -> impl Future<Output = Result<Look, LookError>> + Send;
     /// Closes those of these idle flows of the pod that have not moved since the look that showed them, and
-    /// tells how many.
+    /// tells which.
     fn close_idle(
         &self,
         scope: &Scope,
         idle: Vec<Flow>,
-    ) -> impl Future<Output = Result<u32, LookError>> + Send;
+    ) -> impl Future<Output = Result<Vec<SocketCookie>, LookError>> + Send;
     /// From now on, edges of this scope are reported.
     fn watch(&self, scope: &Scope) -> Result<(), LookError>;
     /// No more edges of this scope are needed.

@@ -63,12 +63,12 @@ impl Kernel for FakeKernel {
         })
     }
 
-    async fn close_idle(&self, _: &Scope, idle: Vec<Flow>) -> Result<u32, LookError> {
+    async fn close_idle(&self, _: &Scope, idle: Vec<Flow>) -> Result<Vec<SocketCookie>, LookError> {
         let mut script = self.script();
         script.asked.push("close");
         let closed: HashSet<_> = idle.iter().map(|f| f.cookie).collect();
         script.samples.retain(|s| !closed.contains(&s.cookie));
-        Ok(u32::try_from(idle.len()).expect("few"))
+        Ok(closed.into_iter().collect())
     }
 
     fn watch(&self, _: &Scope) -> Result<(), LookError> {

@@ -35,8 +35,8 @@ pub enum Event {
     Looked(Snapshot),
     /// The look that was asked for failed; the text says why.
     LookFailed(String),
-    /// So many of the flows that were to be closed have been told to close.
-    IdleClosed(u32),
+    /// Those of the flows that were to be closed have been told to close; the others had moved.
+    IdleClosed(Vec<SocketCookie>),
     /// Edges were lost.
     Lost,
     /// The pod's flows can't be seen (any more); the text says why.

@@ -130,6 +130,8 @@ impl World {
                     assert_eq!(flow.state, FlowState::Idle, "a live flow was closed");
                     assert!(self.told_to_close.insert(flow.cookie), "told twice");
                 }
+                let told = idle.iter().map(|f| f.cookie).collect();
+                self.give(Event::IdleClosed(told));
             }
             Some(Action::Release(reason)) => {
                 assert_eq!(self.ended.replace(reason), None, "released twice");

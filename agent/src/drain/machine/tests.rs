@@ -607,7 +607,10 @@ fn idle_flows_are_closed_after_settle_once_and_their_end_is_waited_for() {
         m.step(looked(3000, &[busy.clone(), idle.clone()]), at(3001)),
         close
     );
-    assert_eq!(m.step(Event::IdleClosed(1), at(3002)), None);
+    assert_eq!(
+        m.step(Event::IdleClosed(vec![SocketCookie(2)]), at(3002)),
+        None
+    );
 
     assert_eq!(
         m.next_wake(),
@@ -622,7 +625,10 @@ fn idle_flows_are_closed_after_settle_once_and_their_end_is_waited_for() {
         close,
         "not the other one again"
     );
-    assert_eq!(m.step(Event::IdleClosed(1), at(8002)), None);
+    assert_eq!(
+        m.step(Event::IdleClosed(vec![SocketCookie(1)]), at(8002)),
+        None
+    );
 
     assert_eq!(m.step(closed(1, 8003), at(8003)), None);
     let asked = m.step(closed(2, 8004), at(8004));
@@ -640,4 +646,19 @@ fn idle_flows_are_closed_after_settle_once_and_their_end_is_waited_for() {
 fn idle_flows_of_a_pod_that_did_not_ask_for_it_are_kept() {
     let mut m = in_drain(until(Until::Zero), &[flow(1, Idle)]);
     assert_eq!(m.step(looked(3000, &[flow(1, Idle)]), at(3001)), None);
+}
+
+#[test]
+fn an_idle_flow_that_moved_before_it_could_be_closed_is_closed_when_it_is_idle_again() {
+    let mut m = in_drain(closing(), &[flow(1, Idle)]);
+    let close = Some(Action::CloseIdle(vec![flow(1, Idle)]));
+    assert_eq!(m.step(looked(3000, &[flow(1, Idle)]), at(3001)), close);
+    assert_eq!(m.step(Event::IdleClosed(vec![]), at(3002)), None);
+    let (when, action) = next(&mut m);
+    assert_eq!(action, Action::Look);
+    let again = Event::Looked(Snapshot {
+        taken_at: when,
+        flows: vec![flow(1, Idle)],
+    });
+    assert_eq!(m.step(again, when), close);
 }

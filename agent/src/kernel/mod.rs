@@ -3,6 +3,7 @@
 //! [`Tracker`] is the door. Edges are for speed, a look is for truth: what the programs count and report is
 //! fast and may be behind by a moment, what [`Tracker::look`] returns comes from the kernel's own tables.
 
+mod btf;
 mod bytes;
 mod close;
 mod error;

@@ -45,6 +45,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             second_agent,
         ),
         trial(
+            "an_agent_on_a_kernel_that_lacks_what_it_needs_ends_with_4",
+            lacking_kernel,
+        ),
+        trial(
             "flags_that_make_no_sense_end_with_2_and_are_named",
             bad_flags,
         ),
@@ -164,6 +168,39 @@ async fn grpc_of_something_else(stream: UnixStream) {
     let _ = connection
         .serve_connection(TokioIo::new(stream), service)
         .await;
+}
+
+/// The kernel is what it is, but what it says of itself can be replaced, for one process.
+async fn lacking_kernel(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let files = scene.directory("")?;
+    let nothing = files.join("no-btf");
+    fs::write(&nothing, "")?;
+    let says = ["no kernel type information", "CONFIG_DEBUG_INFO_BTF"];
+    refused(with_btf(&nothing, &agent_of(&scene, &run)), 4, &says).await?;
+    // A header, no types, no strings.
+    let no_types = files.join("no-types");
+    let header: [u32; 6] = [0x0001_eb9f, 24, 0, 0, 0, 0];
+    fs::write(&no_types, header.map(u32::to_ne_bytes).concat())?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let says = ["`sock_common.skc_net`", release.trim(), "not supported"];
+    refused(with_btf(&no_types, &agent_of(&scene, &run)), 4, &says).await?;
+    nothing_left(&run)
+}
+
+/// The command in a mount namespace of its own, in which `file` is the kernel's BTF.
+fn with_btf(file: &Path, command: &Command) -> Command {
+    let mut wrapped = Command::new("unshare");
+    let script = r#"mount --bind "$0" /sys/kernel/btf/vmlinux && exec "$@""#;
+    wrapped.args(["--mount", "sh", "-c", script]).arg(file);
+    let command = command.as_std();
+    wrapped.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            wrapped.env(name, value);
+        }
+    }
+    wrapped
 }
 
 async fn port_in_use(scene: Scene) -> Result<()> {

@@ -7,7 +7,7 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::sample::{Sample, TcpState};
+use super::sample::{Direction, Sample, TcpState};
 
 /// The longest that TCP delays an acknowledgement (`TCP_DELACK_MAX`, 200 ms, RFC 1122: 500 ms at most), and
 /// shorter than the least time to a keep-alive probe (1 s).
@@ -70,9 +70,11 @@ impl fmt::Display for FlowState {
 /// and FIN_WAIT2 and TIME_WAIT, in which everything the pod sent has arrived.
 pub fn classify(s: &Sample, idle_after: Duration) -> Option<FlowState> {
     match s.state {
-        // A child that fast open made. Request sockets show as SYN_RECV too, but have no record: their
-        // handshake is not done.
-        TcpState::SynRecv => s.record.map(|_| FlowState::Backlog),
+        // A child that fast open made, which may be accepted before its handshake is done. Request sockets
+        // show as SYN_RECV too, but have no record.
+        TcpState::SynRecv if s.record.is_none_or(|r| r.direction == Direction::Outbound) => None,
+        TcpState::SynRecv if s.has_inode => Some(established(s, idle_after)),
+        TcpState::SynRecv => Some(FlowState::Backlog),
         TcpState::Established | TcpState::CloseWait if !s.has_inode => Some(FlowState::Backlog),
         TcpState::Established => Some(established(s, idle_after)),
         TcpState::CloseWait if is_quiet(s, idle_after) => Some(FlowState::Idle),

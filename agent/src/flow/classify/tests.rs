@@ -52,6 +52,11 @@ fn a_fast_open_child_is_backlog_and_a_handshake_under_way_is_no_flow() {
         ..half_open
     };
     assert_eq!(class(&child), Some(FlowState::Backlog));
+    let accepted = Sample {
+        has_inode: true,
+        ..child
+    };
+    assert_eq!(class(&accepted), Some(FlowState::Active));
 }
 
 #[test]

@@ -190,7 +190,7 @@ fn case_09_a_fast_open_child_counts_once_before_and_after_its_handshake() -> Res
         w.fast_open();
         let client = sockets::unconnected()?;
         raw::deafen(&client)?;
-        let flags = SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
+        let flags = SendFlags::DONTWAIT | SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
         sendto(&client, b"early", flags, &listener.local_addr()?)?;
         w.has(&[(Backlog, 1)], 0)?;
         let (server, _) = listener.accept()?;

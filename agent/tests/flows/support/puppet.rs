@@ -160,19 +160,14 @@ impl Puppet {
         self.from.read_line(&mut reply)?;
         reply
             .trim_end()
-            .strip_prefix("ok ")
-            .map(str::to_owned)
+            .strip_prefix("ok")
+            .map(|answer| answer.trim().to_owned())
             .ok_or_else(|| anyhow!("{line:?}: {reply:?}"))
     }
 
     /// Has it listen; returns where.
     pub(crate) fn listen(&mut self) -> Result<SocketAddr> {
         Ok(self.tell("listen")?.parse()?)
-    }
-
-    /// Its process id.
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
     }
 
     /// SIGKILL.

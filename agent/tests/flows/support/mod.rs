@@ -2,6 +2,7 @@
 
 pub(crate) mod cgroup;
 pub(crate) mod kernel;
+pub(crate) mod multipath;
 pub(crate) mod namespace;
 pub(crate) mod proc_net;
 pub(crate) mod puppet;

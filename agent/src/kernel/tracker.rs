@@ -5,15 +5,17 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::AsFd as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use ebb_common::{LOSSES, WorkloadKey};
 use tokio::sync::mpsc;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns, events,
+    KernelError, KernelEvent, Look, Netns, events, netns,
     programs::{Programs, walk},
+    prune::Pruner,
     sock_diag::SockDiag,
 };
 use crate::{
@@ -25,6 +27,9 @@ use crate::{
 
 /// As many events as may wait for the drains before the ring buffer itself has to hold them.
 const EVENT_QUEUE: usize = 1024;
+
+/// How often the counters of pods that are gone are forgotten. The map has room for 16,384 workloads.
+const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
 /// How to start.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,6 +64,7 @@ struct Inner {
     programs: Mutex<Programs>,
     /// Watched namespaces are kept open, so that looking works when the process they were found by is gone.
     watched: Mutex<HashMap<NetnsInode, Arc<Netns>>>,
+    pruner: Mutex<Pruner>,
     host: Netns,
 }
 
@@ -89,14 +95,12 @@ impl Tracker {
         let inner = Inner {
             programs: Mutex::new(programs),
             watched: Mutex::default(),
+            pruner: Mutex::default(),
             host,
         };
-        Ok((
-            Self {
-                inner: Arc::new(inner),
-            },
-            from,
-        ))
+        let inner = Arc::new(inner);
+        tokio::spawn(prune_now_and_then(Arc::downgrade(&inner)));
+        Ok((Self { inner }, from))
     }
 
     /// The host's network namespace.
@@ -182,6 +186,12 @@ impl Tracker {
             .collect()
     }
 
+    /// Forgets the counters of pods that are gone: of namespaces without flow and process, now and at the last
+    /// call. Returns how many. Done by itself every ten minutes; reads `/proc`.
+    pub fn prune(&self) -> usize {
+        self.inner.prune()
+    }
+
     /// Losses since the start, by `ebb_common::LOST_…`.
     ///
     /// # Errors
@@ -202,7 +212,30 @@ impl Tracker {
     }
 }
 
+async fn prune_now_and_then(inner: Weak<Inner>) {
+    loop {
+        tokio::time::sleep(PRUNE_EVERY).await;
+        let Some(inner) = inner.upgrade() else {
+            return;
+        };
+        // Failing means panicking, which has been reported; the next time may go well.
+        let _ = tokio::task::spawn_blocking(move || inner.prune()).await;
+    }
+}
+
 impl Inner {
+    fn prune(&self) -> usize {
+        let mut inhabited: HashSet<_> = netns::all().iter().map(Netns::inode).collect();
+        inhabited.insert(self.host.inode());
+        inhabited.extend(lock(&self.watched).keys());
+        let mut programs = lock(&self.programs);
+        let counts = programs.workloads.iter().filter_map(Result::ok);
+        let gone = lock(&self.pruner).gone(counts, &inhabited);
+        gone.iter()
+            .filter(|key| programs.workloads.remove(key).is_ok())
+            .count()
+    }
+
     fn look(&self, scope: &Scope) -> io::Result<Look> {
         let storage = lock(&self.programs).flows.try_clone()?;
         self.within(scope, |netns| {

@@ -72,7 +72,10 @@ fn is_and_stays(w: &World, state: FlowState, lasting: Duration) -> Result<()> {
                 return w.has(&[(state, 1)], 1);
             }
         }
-        ensure!(begun.elapsed() < lasting + Duration::from_secs(5), "still {now:?}");
+        ensure!(
+            begun.elapsed() < lasting + Duration::from_secs(5),
+            "still {now:?}"
+        );
         sleep(Duration::from_millis(25));
     }
 }

@@ -50,12 +50,8 @@ fn case_15_a_forked_connection_counts_until_its_last_holder_closes() -> Result<(
         let client = TcpStream::connect(at)?;
         for verb in ["accept", "fork", "close"] {
             server.tell(verb)?;
-            w.keeps(
-                &[(Active, 1)],
-                1,
-                Duration::from_millis(20),
-            )
-            .with_context(|| format!("after {verb}"))?;
+            w.keeps(&[(Active, 1)], 1, Duration::from_millis(20))
+                .with_context(|| format!("after {verb}"))?;
         }
         server.tell("kill-forks")?;
         w.has(&[], 1)?;
@@ -87,7 +83,12 @@ fn case_15_a_connection_passed_over_a_unix_socket_counts_once_even_on_its_way() 
         let mut message = SendAncillaryBuffer::new(&mut space);
         let fds = [server.as_fd()];
         ensure!(message.push(SendAncillaryMessage::ScmRights(&fds)));
-        sendmsg(&here, &[IoSlice::new(b"x")], &mut message, SendFlags::empty())?;
+        sendmsg(
+            &here,
+            &[IoSlice::new(b"x")],
+            &mut message,
+            SendFlags::empty(),
+        )?;
         drop(server);
         w.keeps(&[(Active, 1)], 1, A_WHILE)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -123,7 +124,10 @@ fn inbound_of(w: &World, cgroup: CgroupId) -> i64 {
 fn all_are_of(w: &World, a: &Cgroup, b: &Cgroup, n: u32) -> Result<()> {
     let (a, b) = (a.id()?, b.id()?);
     let counted = (inbound_of(w, a), inbound_of(w, b));
-    ensure!(counted == (n.into(), 0), "{n} wanted, A and B have {counted:?}");
+    ensure!(
+        counted == (n.into(), 0),
+        "{n} wanted, A and B have {counted:?}"
+    );
     let client_ports: Vec<_> = w
         .kernel_rows()?
         .0
@@ -136,7 +140,10 @@ fn all_are_of(w: &World, a: &Cgroup, b: &Cgroup, n: u32) -> Result<()> {
         .filter(|s| client_ports.contains(&s.remote.port()))
         .map(|s| s.cgroup)
         .collect();
-    ensure!(owners == vec![Some(a); n as usize], "{owners:?}, A is {a:?}");
+    ensure!(
+        owners == vec![Some(a); n as usize],
+        "{owners:?}, A is {a:?}"
+    );
     Ok(())
 }
 
@@ -287,11 +294,7 @@ fn reuseport(w: &World, migrates: bool) -> Result<()> {
             (3..39).contains(&inbound),
             "{inbound} of 40 left: the queues were not shared"
         );
-        w.keeps(
-            &[(Active, 2), (Backlog, inbound - 2)],
-            inbound,
-            A_WHILE,
-        )?;
+        w.keeps(&[(Active, 2), (Backlog, inbound - 2)], inbound, A_WHILE)?;
     }
     drop((accepted, clients, two));
     w.has(&[], 0)

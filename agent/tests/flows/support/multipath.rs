@@ -18,8 +18,12 @@ const NESTED: u16 = 0x8000;
 
 /// From now on a client in the calling thread's namespace opens a second subflow from `address`.
 pub(crate) fn open_a_subflow_from(address: Ipv4Addr) -> Result<()> {
-    let reply = ask(CONTROLLER, GET_FAMILY, &attribute(FAMILY_NAME, b"mptcp_pm\0"))
-        .context("this kernel can't do the case: it has no MPTCP path manager")?;
+    let reply = ask(
+        CONTROLLER,
+        GET_FAMILY,
+        &attribute(FAMILY_NAME, b"mptcp_pm\0"),
+    )
+    .context("this kernel can't do the case: it has no MPTCP path manager")?;
     let family = find(&reply, FAMILY_ID).context("no number of the family mptcp_pm")?;
     let family = u16::from_ne_bytes(family.get(..2).context("a short number")?.try_into()?);
     let mut endpoint = attribute(1, &2u16.to_ne_bytes()); // AF_INET
@@ -60,11 +64,7 @@ fn ask(family: u16, command: u8, attributes: &[u8]) -> Result<Vec<u8>> {
     ensure!(n >= 20, "a reply of {n} bytes");
     if u16::from_ne_bytes(reply[4..6].try_into()?) == ERROR {
         let errno = i32::from_ne_bytes(reply[16..20].try_into()?);
-        ensure!(
-            errno == 0,
-            "{}",
-            std::io::Error::from_raw_os_error(-errno)
-        );
+        ensure!(errno == 0, "{}", std::io::Error::from_raw_os_error(-errno));
         return Ok(Vec::new());
     }
     Ok(reply[20..n].to_vec())

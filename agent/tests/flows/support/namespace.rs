@@ -36,11 +36,6 @@ impl Namespace {
         .context("making a network namespace")
     }
 
-    /// Its inode number.
-    pub(crate) fn inode(&self) -> Result<NetnsInode> {
-        Ok(NetnsInode(self.file.metadata()?.ino().try_into()?))
-    }
-
     /// Runs `f` on a thread of its own inside. Sockets and processes that it makes stay inside.
     pub(crate) fn run<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         on_a_thread(|| {

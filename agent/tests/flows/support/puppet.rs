@@ -6,7 +6,10 @@ use std::{
     env, fs,
     io::{BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::{fd::{AsFd as _, OwnedFd}, unix::process::CommandExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::Path,
     process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio},
 };

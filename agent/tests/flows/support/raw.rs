@@ -23,8 +23,14 @@ fn check(status: libc::c_int) -> io::Result<libc::c_int> {
 /// limit of open files is one per table. What the thread had open before it must not touch again.
 pub(crate) fn own_descriptors() -> io::Result<()> {
     // SAFETY: no pointers; the other threads keep their table.
-    let status =
-        unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE) };
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_UNSHARE,
+        )
+    };
     check(status as libc::c_int).map(drop)
 }
 
@@ -78,12 +84,7 @@ pub(crate) fn deafen(socket: &impl AsRawFd) -> io::Result<()> {
         len: 1,
         filter: &mut nothing,
     };
-    set(
-        socket,
-        libc::SOL_SOCKET,
-        libc::SO_ATTACH_FILTER,
-        &program,
-    )
+    set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
 /// Ends what [`deafen`] began.
@@ -94,9 +95,8 @@ pub(crate) fn undeafen(socket: &impl AsRawFd) -> io::Result<()> {
 /// A TCP (or MPTCP) stream socket.
 pub(super) fn stream(family: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
-    let fd = check(unsafe {
-        libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol)
-    })?;
+    let fd =
+        check(unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) })?;
     // SAFETY: a new descriptor that nobody else has.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -110,7 +110,8 @@ fn is_quiet(s: &Sample, idle_after: Duration) -> bool {
 /// so does a request that follows hard upon the previous answer. What tells them apart is the peer's
 /// acknowledgement: a request carries it along, an answer is followed by it, bare and within the time for
 /// which acknowledgements are delayed. A later one may answer a keep-alive probe of the pod's instead, which
-/// says nothing, so it does not count.
+/// says nothing, so it does not count. After a probe the only trace of the first is the time at which data was
+/// acknowledged, if that is not the request's own jiffy ([`Sample::set_bare_ack`]).
 fn pod_spoke_last(s: &Sample) -> bool {
     if s.bytes_acked == 0 {
         // Nobody, or only the peer, has said anything.

@@ -9,11 +9,14 @@ use std::{
     time::Duration,
 };
 
-use ebb_common::{LOSSES, WorkloadKey};
+use ebb_common::{BareAck, LOSSES, WorkloadKey};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns, events, netns,
+    KernelError, KernelEvent, Look, Netns,
+    bytes::Bytes,
+    events, netns,
     programs::{Programs, walk},
     prune::Pruner,
     sock_diag::SockDiag,
@@ -241,12 +244,13 @@ impl Inner {
         self.within(scope, |netns| {
             let taken_at = BootTime::now();
             let mut samples = netns.run(SockDiag::open)?.dump(Some(storage.as_fd()))?;
+            let dumped_at = clock_gettime(ClockId::Monotonic);
             // A host-network pod's sockets are those of its cgroups.
             if let Scope::HostNetwork(cgroups) = scope {
                 samples.retain(|s| s.cgroup.is_some_and(|c| cgroups.contains(&c)));
             }
             if samples.iter().any(Sample::is_tie) {
-                self.break_ties(&mut samples, netns)?;
+                self.break_ties(&mut samples, dumped_at, netns)?;
             }
             Ok(Look { taken_at, samples })
         })
@@ -254,19 +258,27 @@ impl Inner {
 
     /// Finds out whose word was the last where the kernel's times do not tell: a second walk, of the same
     /// cost as the first, only where it is needed.
-    fn break_ties(&self, samples: &mut [Sample], netns: &Netns) -> io::Result<()> {
+    fn break_ties(
+        &self,
+        samples: &mut [Sample],
+        dumped_at: Timespec,
+        netns: &Netns,
+    ) -> io::Result<()> {
         let link = lock(&self.programs)
             .iterator("bare_ack")
             .map_err(io::Error::other)?;
         let written = walk(link, netns)?;
-        let cookies: HashSet<u64> = written
-            .as_chunks()
-            .0
+        let (found, _) = written.as_chunks::<{ size_of::<BareAck>() }>();
+        let delivered_at: HashMap<u64, Duration> = found
             .iter()
-            .map(|cookie| u64::from_ne_bytes(*cookie))
+            .map(|found| Bytes(found))
+            .filter_map(|mut found| Some((found.u64()?, Duration::from_micros(found.u64()?))))
             .collect();
-        for sample in samples {
-            sample.bare_ack = cookies.contains(&sample.cookie.0);
+        let dumped_at = Duration::try_from(dumped_at).unwrap_or_default();
+        for sample in samples.iter_mut().filter(|s| s.is_tie()) {
+            if let Some(delivered_at) = delivered_at.get(&sample.cookie.0) {
+                sample.set_bare_ack(dumped_at.saturating_sub(*delivered_at));
+            }
         }
         Ok(())
     }

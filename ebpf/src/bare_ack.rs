@@ -37,6 +37,7 @@ unsafe extern "C" fn bare_ack(ctx: *const IterTcp) -> i32 {
         let found = BareAck {
             cookie,
             delivered_at: sock.delivered_at().unwrap_or(0),
+            touched_at: sock.touched_at().unwrap_or(u64::MAX),
         };
         // SAFETY: the kernel passes a valid context.
         unsafe { iter::write(ctx, found) };

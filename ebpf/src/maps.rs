@@ -55,6 +55,7 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     tcp_sock_rcv_nxt: 0,
     tcp_sock_snd_wl1: 0,
     tcp_sock_delivered_mstamp: 0,
+    tcp_sock_tcp_mstamp: 0,
 });
 
 /// The namespace in which pods are told apart by cgroup.

@@ -49,6 +49,7 @@ pub(super) fn resolve(path: &Path) -> Result<Offsets, KernelError> {
         tcp_sock_rcv_nxt: field("tcp_sock", "rcv_nxt")?,
         tcp_sock_snd_wl1: field("tcp_sock", "snd_wl1")?,
         tcp_sock_delivered_mstamp: field("tcp_sock", "delivered_mstamp")?,
+        tcp_sock_tcp_mstamp: field("tcp_sock", "tcp_mstamp")?,
     })
 }
 

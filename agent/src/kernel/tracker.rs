@@ -4,13 +4,14 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
+    ops::Range,
     os::fd::AsFd as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
 use ebb_common::{BareAck, LOSSES, WorkloadKey};
-use rustix::time::{ClockId, Timespec, clock_gettime};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::{
@@ -243,14 +244,15 @@ impl Inner {
         let storage = lock(&self.programs).flows.try_clone()?;
         self.within(scope, |netns| {
             let taken_at = BootTime::now();
+            let from = monotonic();
             let mut samples = netns.run(SockDiag::open)?.dump(Some(storage.as_fd()))?;
-            let dumped_at = clock_gettime(ClockId::Monotonic);
+            let dumped = from..monotonic();
             // A host-network pod's sockets are those of its cgroups.
             if let Scope::HostNetwork(cgroups) = scope {
                 samples.retain(|s| s.cgroup.is_some_and(|c| cgroups.contains(&c)));
             }
             if samples.iter().any(Sample::is_tie) {
-                self.break_ties(&mut samples, dumped_at, netns)?;
+                self.break_ties(&mut samples, &dumped, netns)?;
             }
             Ok(Look { taken_at, samples })
         })
@@ -261,7 +263,7 @@ impl Inner {
     fn break_ties(
         &self,
         samples: &mut [Sample],
-        dumped_at: Timespec,
+        dumped: &Range<Duration>,
         netns: &Netns,
     ) -> io::Result<()> {
         let link = lock(&self.programs)
@@ -271,13 +273,15 @@ impl Inner {
         let (found, _) = written.as_chunks::<{ size_of::<BareAck>() }>();
         let delivered_at: HashMap<u64, Duration> = found
             .iter()
-            .map(|found| Bytes(found))
-            .filter_map(|mut found| Some((found.u64()?, Duration::from_micros(found.u64()?))))
+            .filter_map(|found| bare_ack(Bytes(found)))
+            // What moved since the dump began is not what the dump describes: the answer to a probe, say, that
+            // arrived in between. Such a tie stays undecided.
+            .filter(|found| Duration::from_micros(found.touched_at) < dumped.start)
+            .map(|found| (found.cookie, Duration::from_micros(found.delivered_at)))
             .collect();
-        let dumped_at = Duration::try_from(dumped_at).unwrap_or_default();
         for sample in samples.iter_mut().filter(|s| s.is_tie()) {
             if let Some(delivered_at) = delivered_at.get(&sample.cookie.0) {
-                sample.set_bare_ack(dumped_at.saturating_sub(*delivered_at));
+                sample.set_bare_ack(dumped.end.saturating_sub(*delivered_at));
             }
         }
         Ok(())
@@ -298,6 +302,21 @@ impl Inner {
             Scope::Untracked(why) => Err(io::Error::other(why.clone())),
         }
     }
+}
+
+fn bare_ack(mut found: Bytes<'_>) -> Option<BareAck> {
+    Some(BareAck {
+        cookie: found.u64()?,
+        delivered_at: found.u64()?,
+        touched_at: found.u64()?,
+    })
+}
+
+/// The clock by which the kernel's TCP stamps what it sends and receives (`tcp_clock_us`).
+fn monotonic() -> Duration {
+    clock_gettime(ClockId::Monotonic)
+        .try_into()
+        .unwrap_or_default()
 }
 
 /// Opens the namespace of `pid` and makes sure that it is the one that was meant: pids are reused.

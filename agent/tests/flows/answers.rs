@@ -129,7 +129,9 @@ fn a_fast_answer_acknowledged_with_delay_stays_idle_under_keep_alive_probes() ->
         // takes away what told the answer from another request, and the flow is taken for awaiting.
         sockets::set(client, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 0)?;
         exchange(server, client, 100, 100)?;
-        is_and_stays(w, Idle, Duration::from_secs(4))
+        // A look that a probe gets in between of may leave it undecided; the next one does not.
+        sleep(Duration::from_millis(3500));
+        w.has(&[(Idle, 1)], 1)
     })
 }
 

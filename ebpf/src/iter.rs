@@ -1,6 +1,6 @@
 //! What the programs that walk the TCP sockets of a namespace (`iter/tcp`) have in common.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, mem::size_of};
 
 use aya_ebpf::helpers::generated::{bpf_seq_write, bpf_skc_to_tcp_sock};
 
@@ -36,17 +36,17 @@ pub(crate) unsafe fn socket(ctx: *const IterTcp) -> Option<*const c_void> {
     (!sk.is_null()).then_some(sk)
 }
 
-/// Appends a number to what the reader of the iterator gets.
+/// Appends to what the reader of the iterator gets.
 ///
 /// # Safety
 ///
 /// `ctx` is the program's own context.
 #[inline(always)]
-pub(crate) unsafe fn write(ctx: *const IterTcp, n: u64) {
+pub(crate) unsafe fn write<T: Copy>(ctx: *const IterTcp, what: T) {
     // SAFETY: the kernel passes a valid context.
     let meta = unsafe { (*ctx).meta };
     // SAFETY: and valid metadata in it.
     let seq = unsafe { (*meta).seq };
-    // SAFETY: eight bytes of the stack. If they do not fit, the kernel calls again for this socket.
-    unsafe { bpf_seq_write(seq.cast(), (&raw const n).cast(), 8) };
+    // SAFETY: a value on the stack. If it does not fit, the kernel calls again for this socket.
+    unsafe { bpf_seq_write(seq.cast(), (&raw const what).cast(), size_of::<T>() as u32) };
 }

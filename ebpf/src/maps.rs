@@ -54,6 +54,8 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     inet_sock_sport: 0,
     tcp_sock_rcv_nxt: 0,
     tcp_sock_snd_wl1: 0,
+    tcp_sock_delivered_mstamp: 0,
+    tcp_sock_tcp_mstamp: 0,
 });
 
 /// The namespace in which pods are told apart by cgroup.

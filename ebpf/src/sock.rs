@@ -40,6 +40,16 @@ impl Sock {
         self.read(OFFSETS.load().tcp_sock_snd_wl1)
     }
 
+    /// `tcp_sock.delivered_mstamp`: when the peer last acknowledged data, in microseconds of the monotonic clock.
+    pub(crate) fn delivered_at(self) -> Option<u64> {
+        self.read(OFFSETS.load().tcp_sock_delivered_mstamp)
+    }
+
+    /// `tcp_sock.tcp_mstamp`: when it last sent or received anything, likewise.
+    pub(crate) fn touched_at(self) -> Option<u64> {
+        self.read(OFFSETS.load().tcp_sock_tcp_mstamp)
+    }
+
     /// The local port by `skc_num`: right for listeners and open flows, 0 when closing.
     pub(crate) fn num(self) -> Option<u16> {
         self.read(OFFSETS.load().sock_common_num)

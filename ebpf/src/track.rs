@@ -50,7 +50,8 @@ fn state_change(ctx: &BtfTracePointContext, sk: *const c_void, from: u8, to: u8)
         None => {
             let role = match (from, to) {
                 (LISTEN, SYN_RECV) => ROLE_INBOUND,
-                (_, SYN_SENT) => ROLE_OUTBOUND,
+                // From SYN_SENT: it was dialling already when the tracker was attached.
+                (_, SYN_SENT) | (SYN_SENT, _) => ROLE_OUTBOUND,
                 _ => return,
             };
             let sock = Sock(sk);

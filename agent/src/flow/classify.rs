@@ -7,7 +7,7 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::sample::{Sample, TcpState};
+use super::sample::{Direction, Sample, TcpState};
 
 /// The longest that TCP delays an acknowledgement (`TCP_DELACK_MAX`, 200 ms, RFC 1122: 500 ms at most), and
 /// shorter than the least time to a keep-alive probe (1 s).
@@ -70,9 +70,11 @@ impl fmt::Display for FlowState {
 /// and FIN_WAIT2 and TIME_WAIT, in which everything the pod sent has arrived.
 pub fn classify(s: &Sample, idle_after: Duration) -> Option<FlowState> {
     match s.state {
-        // A child that fast open made. Request sockets show as SYN_RECV too, but have no record: their
-        // handshake is not done.
-        TcpState::SynRecv => s.record.map(|_| FlowState::Backlog),
+        // A child that fast open made, which may be accepted before its handshake is done. Request sockets
+        // show as SYN_RECV too, but have no record.
+        TcpState::SynRecv if s.record.is_none_or(|r| r.direction == Direction::Outbound) => None,
+        TcpState::SynRecv if s.inode != 0 => Some(established(s, idle_after)),
+        TcpState::SynRecv => Some(FlowState::Backlog),
         TcpState::Established | TcpState::CloseWait if s.inode == 0 => Some(FlowState::Backlog),
         TcpState::Established => Some(established(s, idle_after)),
         TcpState::CloseWait if is_quiet(s, idle_after) => Some(FlowState::Idle),
@@ -108,7 +110,8 @@ fn is_quiet(s: &Sample, idle_after: Duration) -> bool {
 /// so does a request that follows hard upon the previous answer. What tells them apart is the peer's
 /// acknowledgement: a request carries it along, an answer is followed by it, bare and within the time for
 /// which acknowledgements are delayed. A later one may answer a keep-alive probe of the pod's instead, which
-/// says nothing, so it does not count.
+/// says nothing, so it does not count. After a probe the only trace of the first is the time at which data was
+/// acknowledged, if that is not the request's own jiffy ([`Sample::set_bare_ack`]).
 fn pod_spoke_last(s: &Sample) -> bool {
     if s.bytes_acked == 0 {
         // Nobody, or only the peer, has said anything.

@@ -101,7 +101,8 @@ pub struct Sample {
     pub since_sent: Duration,
     /// Time since data was last received (`tcpi_last_data_recv`).
     pub since_received: Duration,
-    /// Time since an acknowledgement last arrived (`tcpi_last_ack_recv`).
+    /// Time since an acknowledgement last arrived (`tcpi_last_ack_recv`), the answers to keep-alive probes
+    /// included; see [`Self::set_bare_ack`].
     pub since_ack: Duration,
     /// The last segment from the peer was an acknowledgement without data: what the pod said before it has
     /// been said after the peer's last byte. Only looked for where the times do not tell ([`Self::is_tie`]).
@@ -122,6 +123,18 @@ impl Sample {
         self.bytes_received.saturating_sub(fin as u64)
     }
 
+    /// Notes that the last segment from the peer was an acknowledgement without data, and that data was last
+    /// acknowledged `since_delivery` ago.
+    ///
+    /// Where that is certain to be after the last byte from the peer, what acknowledged it was bare as well, and
+    /// its time says more than that of a later answer to a probe.
+    pub fn set_bare_ack(&mut self, since_delivery: Duration) {
+        self.bare_ack = true;
+        if since_delivery + CERTAIN < self.since_received {
+            self.since_ack = since_delivery;
+        }
+    }
+
     /// The times do not tell who spoke last: an established connection, at rest, whose last byte each way
     /// moved within the same jiffy.
     pub fn is_tie(&self) -> bool {
@@ -132,6 +145,9 @@ impl Sample {
             && self.since_sent >= AT_REST
     }
 }
+
+/// Longer than a jiffy is on any kernel (10 ms), by which the time since the last byte can be wrong.
+const CERTAIN: Duration = Duration::from_millis(20);
 
 /// No `idle-after` is shorter.
 const AT_REST: Duration = Duration::from_millis(100);

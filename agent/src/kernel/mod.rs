@@ -12,6 +12,7 @@ mod netns;
 mod offsets;
 mod poll;
 mod programs;
+mod prune;
 mod sock_diag;
 mod tracker;
 

@@ -50,6 +50,8 @@ pub(super) fn resolve(path: &Path) -> Result<Offsets, KernelError> {
         inet_sock_sport: field("inet_sock", "inet_sport")?,
         tcp_sock_rcv_nxt: field("tcp_sock", "rcv_nxt")?,
         tcp_sock_snd_wl1: field("tcp_sock", "snd_wl1")?,
+        tcp_sock_delivered_mstamp: field("tcp_sock", "delivered_mstamp")?,
+        tcp_sock_tcp_mstamp: field("tcp_sock", "tcp_mstamp")?,
     })
 }
 

@@ -4,16 +4,22 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
+    ops::Range,
     os::fd::AsFd as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
-use ebb_common::{LOSSES, WorkloadKey};
+use ebb_common::{BareAck, LOSSES, WorkloadKey};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns, close, events,
+    KernelError, KernelEvent, Look, Netns,
+    bytes::Bytes,
+    close, events, netns,
     programs::{Programs, walk},
+    prune::Pruner,
     sock_diag::SockDiag,
 };
 use crate::{
@@ -25,6 +31,9 @@ use crate::{
 
 /// As many events as may wait for the drains before the ring buffer itself has to hold them.
 const EVENT_QUEUE: usize = 1024;
+
+/// How often the counters of pods that are gone are forgotten. The map has room for 16,384 workloads.
+const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
 /// How to start.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,6 +68,7 @@ struct Inner {
     programs: Mutex<Programs>,
     /// Watched namespaces are kept open, so that looking works when the process they were found by is gone.
     watched: Mutex<HashMap<NetnsInode, Arc<Netns>>>,
+    pruner: Mutex<Pruner>,
     host: Netns,
 }
 
@@ -91,14 +101,12 @@ impl Tracker {
         let inner = Inner {
             programs: Mutex::new(programs),
             watched: Mutex::default(),
+            pruner: Mutex::default(),
             host,
         };
-        Ok((
-            Self {
-                inner: Arc::new(inner),
-            },
-            from,
-        ))
+        let inner = Arc::new(inner);
+        tokio::spawn(prune_now_and_then(Arc::downgrade(&inner)));
+        Ok((Self { inner }, from))
     }
 
     /// The host's network namespace.
@@ -200,6 +208,12 @@ impl Tracker {
             .collect()
     }
 
+    /// Forgets the counters of pods that are gone: of namespaces without flow and process, now and at the last
+    /// call. Returns how many. Done by itself every ten minutes; reads `/proc`.
+    pub fn prune(&self) -> usize {
+        self.inner.prune()
+    }
+
     /// Losses since the start, by `ebb_common::LOST_…`.
     ///
     /// # Errors
@@ -220,18 +234,43 @@ impl Tracker {
     }
 }
 
+async fn prune_now_and_then(inner: Weak<Inner>) {
+    loop {
+        tokio::time::sleep(PRUNE_EVERY).await;
+        let Some(inner) = inner.upgrade() else {
+            return;
+        };
+        // Failing means panicking, which has been reported; the next time may go well.
+        let _ = tokio::task::spawn_blocking(move || inner.prune()).await;
+    }
+}
+
 impl Inner {
+    fn prune(&self) -> usize {
+        let mut inhabited: HashSet<_> = netns::all().iter().map(Netns::inode).collect();
+        inhabited.insert(self.host.inode());
+        inhabited.extend(lock(&self.watched).keys());
+        let mut programs = lock(&self.programs);
+        let counts = programs.workloads.iter().filter_map(Result::ok);
+        let gone = lock(&self.pruner).gone(counts, &inhabited);
+        gone.iter()
+            .filter(|key| programs.workloads.remove(key).is_ok())
+            .count()
+    }
+
     fn look(&self, scope: &Scope) -> io::Result<Look> {
         let storage = lock(&self.programs).flows.try_clone()?;
         self.within(scope, |netns| {
             let taken_at = BootTime::now();
+            let from = monotonic();
             let mut samples = netns.run(SockDiag::open)?.dump(Some(storage.as_fd()))?;
+            let dumped = from..monotonic();
             // A host-network pod's sockets are those of its cgroups.
             if let Scope::HostNetwork(cgroups) = scope {
                 samples.retain(|s| s.cgroup.is_some_and(|c| cgroups.contains(&c)));
             }
             if samples.iter().any(Sample::is_tie) {
-                self.break_ties(&mut samples, netns)?;
+                self.break_ties(&mut samples, &dumped, netns)?;
             }
             Ok(Look { taken_at, samples })
         })
@@ -239,19 +278,29 @@ impl Inner {
 
     /// Finds out whose word was the last where the kernel's times do not tell: a second walk, of the same
     /// cost as the first, only where it is needed.
-    fn break_ties(&self, samples: &mut [Sample], netns: &Netns) -> io::Result<()> {
+    fn break_ties(
+        &self,
+        samples: &mut [Sample],
+        dumped: &Range<Duration>,
+        netns: &Netns,
+    ) -> io::Result<()> {
         let link = lock(&self.programs)
             .iterator("bare_ack")
             .map_err(io::Error::other)?;
         let written = walk(link, netns)?;
-        let cookies: HashSet<u64> = written
-            .as_chunks()
-            .0
+        let (found, _) = written.as_chunks::<{ size_of::<BareAck>() }>();
+        let delivered_at: HashMap<u64, Duration> = found
             .iter()
-            .map(|cookie| u64::from_ne_bytes(*cookie))
+            .filter_map(|found| bare_ack(Bytes(found)))
+            // What moved since the dump began is not what the dump describes: the answer to a probe, say, that
+            // arrived in between. Such a tie stays undecided.
+            .filter(|found| Duration::from_micros(found.touched_at) < dumped.start)
+            .map(|found| (found.cookie, Duration::from_micros(found.delivered_at)))
             .collect();
-        for sample in samples {
-            sample.bare_ack = cookies.contains(&sample.cookie.0);
+        for sample in samples.iter_mut().filter(|s| s.is_tie()) {
+            if let Some(delivered_at) = delivered_at.get(&sample.cookie.0) {
+                sample.set_bare_ack(dumped.end.saturating_sub(*delivered_at));
+            }
         }
         Ok(())
     }
@@ -271,6 +320,21 @@ impl Inner {
             Scope::Untracked(why) => Err(io::Error::other(why.clone())),
         }
     }
+}
+
+fn bare_ack(mut found: Bytes<'_>) -> Option<BareAck> {
+    Some(BareAck {
+        cookie: found.u64()?,
+        delivered_at: found.u64()?,
+        touched_at: found.u64()?,
+    })
+}
+
+/// The clock by which the kernel's TCP stamps what it sends and receives (`tcp_clock_us`).
+fn monotonic() -> Duration {
+    clock_gettime(ClockId::Monotonic)
+        .try_into()
+        .unwrap_or_default()
 }
 
 /// Opens the namespace of `pid` and makes sure that it is the one that was meant: pids are reused.

@@ -151,8 +151,23 @@ pub struct Offsets {
     pub inet_sock_sport: u32,
     pub tcp_sock_rcv_nxt: u32,
     pub tcp_sock_snd_wl1: u32,
+    pub tcp_sock_delivered_mstamp: u32,
+    pub tcp_sock_tcp_mstamp: u32,
 }
-const _: () = assert!(size_of::<Offsets>() == 72);
+const _: () = assert!(size_of::<Offsets>() == 80);
+
+/// A socket whose peer's last segment was a bare acknowledgement, as the program `bare_ack` writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct BareAck {
+    /// Socket cookie.
+    pub cookie: u64,
+    /// When the peer last acknowledged data, in microseconds of the monotonic clock.
+    pub delivered_at: u64,
+    /// When it last sent or received anything, likewise.
+    pub touched_at: u64,
+}
+const _: () = assert!(size_of::<BareAck>() == 24);
 
 /// The local ports that the kernel gives to active opens (`net.ipv4.ip_local_port_range`): an older flow
 /// on one of these without a listener is taken for outbound, on any other for inbound.

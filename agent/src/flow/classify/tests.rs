@@ -54,6 +54,8 @@ fn a_fast_open_child_is_backlog_and_a_handshake_under_way_is_no_flow() {
         ..half_open
     };
     assert_eq!(class(&child), Some(FlowState::Backlog));
+    let accepted = Sample { inode: 1, ..child };
+    assert_eq!(class(&accepted), Some(FlowState::Active));
 }
 
 #[test]
@@ -174,4 +176,25 @@ fn only_idle_is_not_live() {
     let live: Vec<_> = FlowState::ALL.iter().filter(|s| s.is_live()).collect();
     assert_eq!(live.len(), FlowState::ALL.len() - 1);
     assert!(!FlowState::Idle.is_live());
+}
+
+#[test]
+fn a_delayed_acknowledgement_says_idle_also_after_probes_and_one_with_the_request_does_not() {
+    // A probe was answered 1 s ago.
+    let probed = |since_delivery| {
+        let mut s = Sample {
+            since_ack: Duration::from_millis(1_000),
+            ..talked(9_000, 9_000)
+        };
+        s.set_bare_ack(Duration::from_millis(since_delivery));
+        class(&s)
+    };
+    assert_eq!(probed(8_960), Some(FlowState::Idle));
+    assert_eq!(
+        probed(8_990),
+        Some(FlowState::Awaiting),
+        "too close to tell"
+    );
+    assert_eq!(probed(9_000), Some(FlowState::Awaiting));
+    assert_eq!(probed(9_010), Some(FlowState::Awaiting));
 }

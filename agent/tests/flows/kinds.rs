@@ -1,0 +1,97 @@
+//! Address families and MPTCP (cases 21 and 22).
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, TcpStream},
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use ebb::flow::FlowState::{Active, Backlog};
+
+use crate::support::{
+    multipath,
+    namespace::sysctl,
+    sockets::{ANY, dial, give, listener_with, take},
+    world::{World, world},
+};
+
+trials![
+    case_21_an_ipv4_client_of_a_dual_stack_listener_counts_once_as_ipv4,
+    case_22_a_multipath_connection_with_one_subflow_counts_once,
+    case_22_a_multipath_connection_counts_each_of_its_subflows_as_the_kernel_does,
+    case_22_a_plain_client_of_a_multipath_listener_counts_once,
+];
+
+const MPTCP: i32 = 262;
+
+fn case_21_an_ipv4_client_of_a_dual_stack_listener_counts_once_as_ipv4() -> Result<()> {
+    world(|w| {
+        let any = (Ipv6Addr::UNSPECIFIED, 0).into();
+        let listener = w.serving(listener_with(any, 16, libc::IPPROTO_TCP, |_| Ok(()))?)?;
+        let port = listener.local_addr()?.port();
+        let v4 = TcpStream::connect(("127.0.0.1", port))?;
+        w.has(&[(Backlog, 1)], 1)?;
+        let accepted = listener.accept()?;
+        w.has(&[(Active, 1)], 1)?;
+        let snapshot = w.snapshot()?;
+        ensure!(
+            snapshot
+                .flows
+                .iter()
+                .all(|f| f.local.is_ipv4() && f.remote.is_ipv4()),
+            "{snapshot:?}"
+        );
+        let v6 = TcpStream::connect(("::1", port))?;
+        w.has(&[(Active, 1), (Backlog, 1)], 2)?;
+        drop((v4, v6, accepted, listener));
+        w.has(&[], 0)
+    })
+}
+
+fn case_22_a_multipath_connection_with_one_subflow_counts_once() -> Result<()> {
+    world(|w| multipath(w, MPTCP))
+}
+
+fn case_22_a_plain_client_of_a_multipath_listener_counts_once() -> Result<()> {
+    world(|w| multipath(w, libc::IPPROTO_TCP))
+}
+
+fn multipath(w: &World, client: i32) -> Result<()> {
+    sysctl("mptcp/enabled", "1")?;
+    let listener = w.serving(listener_with(ANY, 16, MPTCP, |_| Ok(()))?)?;
+    let client = dial(listener.local_addr()?, client, |_| Ok(()))?;
+    w.has(&[(Backlog, 1)], 1)?;
+    let (server, _) = listener.accept()?;
+    give(&client, 10)?;
+    take(&server, 10)?;
+    give(&server, 10)?;
+    take(&client, 10)?;
+    w.keeps(&[(Active, 1)], 1, Duration::from_millis(100))?;
+    drop((client, server));
+    w.has(&[], 0)?;
+    ensure!(w.ever() == 1, "counted {} times", w.ever());
+    Ok(())
+}
+
+fn case_22_a_multipath_connection_counts_each_of_its_subflows_as_the_kernel_does() -> Result<()> {
+    world(|w| {
+        sysctl("mptcp/enabled", "1")?;
+        multipath::open_a_subflow_from(Ipv4Addr::new(127, 0, 0, 2))?;
+        let listener = w.serving(listener_with(ANY, 16, MPTCP, |_| Ok(()))?)?;
+        let client = dial(listener.local_addr()?, MPTCP, |_| Ok(()))?;
+        let (server, _) = listener.accept()?;
+        for _ in 0..5 {
+            give(&client, 10)?;
+            take(&server, 10)?;
+            give(&server, 10)?;
+            take(&client, 10)?;
+        }
+        // Each subflow is a TCP connection with queues of its own that may outlive the other, and the counters
+        // know no more. Two where one would be exact: it can hold a drain longer, never cut anybody off.
+        w.has(&[(Active, 2)], 2)?;
+        drop((client, server));
+        w.has(&[], 0)?;
+        ensure!(w.ever() == 2, "counted {} times", w.ever());
+        Ok(())
+    })
+}

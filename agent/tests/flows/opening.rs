@@ -1,0 +1,253 @@
+//! How connections begin, and how they end before they were accepted (cases 1 to 10).
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use ebb::flow::FlowState::{Active, Backlog, HalfClosed};
+use rustix::net::{SendFlags, bind, connect, sendto, sockopt};
+
+use crate::support::{
+    namespace::sysctl,
+    raw,
+    sockets::{self, ANY, dial, give, listener_with, pair, take},
+    world::{World, world},
+};
+
+trials![
+    case_01_an_accepted_connection_counts_once_until_it_is_closed,
+    case_02_what_nobody_accepts_is_backlog_until_the_listener_closes,
+    case_03_a_child_reset_while_queued_counts_zero_at_once_and_stays_so,
+    case_04_data_and_fin_while_queued_are_backlog_until_accepted_read_and_closed,
+    case_05_a_backlog_of_one_holds_two_and_the_rest_count_after_accepts,
+    case_06_connections_by_syn_cookies_count_as_any,
+    case_07_a_flood_of_handshakes_that_are_never_done_counts_zero,
+    case_08_deferred_accept_counts_from_the_first_data,
+    case_09_a_fast_open_child_counts_once_before_and_after_its_handshake,
+    case_10_a_socket_connected_to_itself_is_not_inbound,
+    case_10_a_simultaneous_open_is_not_inbound,
+];
+
+const A_WHILE: Duration = Duration::from_millis(100);
+
+fn case_01_an_accepted_connection_counts_once_until_it_is_closed() -> Result<()> {
+    world(opened_and_closed)
+}
+
+fn opened_and_closed(w: &World) -> Result<()> {
+    let listener = w.listen(16)?;
+    w.has(&[], 0)?;
+    let (server, client) = pair(&listener)?;
+    w.has(&[(Active, 1)], 1)?;
+    // The client goes first: the server's end passes CLOSE_WAIT and LAST_ACK.
+    drop(client);
+    w.has(&[(HalfClosed, 1)], 0)?;
+    drop(server);
+    w.keeps(&[], 0, A_WHILE)?;
+    ensure!(w.ever() == 1, "counted {} times", w.ever());
+    Ok(())
+}
+
+fn case_02_what_nobody_accepts_is_backlog_until_the_listener_closes() -> Result<()> {
+    world(|w| {
+        let listener = w.listen(16)?;
+        let clients = [
+            TcpStream::connect(listener.local_addr()?)?,
+            TcpStream::connect(listener.local_addr()?)?,
+        ];
+        w.has(&[(Backlog, 2)], 2)?;
+        drop(listener);
+        w.keeps(&[], 0, A_WHILE)?;
+        drop(clients);
+        ensure!(w.ever() == 2, "counted {} times", w.ever());
+        w.has(&[], 0)
+    })
+}
+
+fn case_03_a_child_reset_while_queued_counts_zero_at_once_and_stays_so() -> Result<()> {
+    world(|w| {
+        let listener = w.listen(16)?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        w.has(&[(Backlog, 1)], 1)?;
+        sockets::reset(client)?;
+        w.has(&[], 0)?;
+        // The queue still has it.
+        let (server, _) = listener.accept()?;
+        w.has(&[], 0)?;
+        drop(server);
+        w.keeps(&[], 0, A_WHILE)?;
+        ensure!(w.ever() == 1, "counted {} times", w.ever());
+        Ok(())
+    })
+}
+
+fn case_04_data_and_fin_while_queued_are_backlog_until_accepted_read_and_closed() -> Result<()> {
+    world(|w| {
+        let listener = w.listen(16)?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        give(&client, 1000)?;
+        drop(client);
+        w.keeps(&[(Backlog, 1)], 0, A_WHILE)?;
+        let (server, _) = listener.accept()?;
+        w.has(&[(HalfClosed, 1)], 0)?;
+        take(&server, 1000)?;
+        w.has(&[(HalfClosed, 1)], 0)?;
+        drop(server);
+        w.has(&[], 0)
+    })
+}
+
+fn case_05_a_backlog_of_one_holds_two_and_the_rest_count_after_accepts() -> Result<()> {
+    world(|w| {
+        let listener = w.listen(1)?;
+        let to = listener.local_addr()?;
+        let clients = (0..4)
+            .map(|_| dial(to, libc::IPPROTO_TCP, |_| Ok(())))
+            .collect::<Result<Vec<_>>>()?;
+        w.keeps(&[(Backlog, 2)], 2, A_WHILE)?;
+        let mut servers = Vec::new();
+        // The others' SYNs were dropped and are sent again after a second.
+        while servers.len() < 4 {
+            servers.push(listener.accept()?.0);
+        }
+        w.has(&[(Active, 4)], 4)?;
+        drop((servers, clients));
+        ensure!(w.ever() == 4, "counted {} times", w.ever());
+        w.has(&[], 0)
+    })
+}
+
+fn case_06_connections_by_syn_cookies_count_as_any() -> Result<()> {
+    world(|w| {
+        sysctl("ipv4/tcp_syncookies", "2")?;
+        let sent = || -> Result<u64> { counter("SyncookiesRecv") };
+        let before = sent()?;
+        opened_and_closed(w)?;
+        ensure!(sent()? > before, "no cookie was used");
+        Ok(())
+    })
+}
+
+/// A counter of this namespace, from the `TcpExt` lines of `/proc/net/netstat`.
+fn counter(name: &str) -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/netstat")?;
+    let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, values) = (lines.next().unwrap_or(""), lines.next().unwrap_or(""));
+    let found = names
+        .split(' ')
+        .zip(values.split(' '))
+        .find(|(n, _)| *n == name);
+    Ok(found
+        .ok_or_else(|| anyhow::anyhow!("no counter {name}"))?
+        .1
+        .parse()?)
+}
+
+fn case_07_a_flood_of_handshakes_that_are_never_done_counts_zero() -> Result<()> {
+    world(|w| {
+        let listener = w.listen(16)?;
+        let to = listener.local_addr()?;
+        let flood = (0..500)
+            .map(|_| dial(to, libc::IPPROTO_TCP, |s| Ok(raw::deafen(s)?)))
+            .collect::<Result<Vec<_>>>()?;
+        w.keeps(&[], 0, Duration::from_millis(500))?;
+        // A client that means it gets through, by a cookie if need be.
+        let (server, client) = pair(&listener)?;
+        w.has(&[(Active, 1)], 1)?;
+        drop((server, client, flood));
+        w.has(&[], 0)?;
+        ensure!(w.ever() == 1, "counted {} times", w.ever());
+        Ok(())
+    })
+}
+
+fn case_08_deferred_accept_counts_from_the_first_data() -> Result<()> {
+    world(|w| {
+        let listener = w.serving(listener_with(ANY, 16, libc::IPPROTO_TCP, |s| {
+            sockets::set(s, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 30)
+        })?)?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        // The client believes that it is connected, the server is still shaking hands.
+        w.keeps(&[], 1, A_WHILE)?;
+        give(&client, 10)?;
+        w.has(&[(Backlog, 1)], 1)?;
+        let (server, _) = listener.accept()?;
+        w.has(&[(Active, 1)], 1)?;
+        drop((server, client));
+        w.has(&[], 0)
+    })
+}
+
+fn case_09_a_fast_open_child_counts_once_before_and_after_its_handshake() -> Result<()> {
+    world(|w| {
+        // Client and server, without cookies, on all listeners (Documentation/networking/ip-sysctl.rst).
+        sysctl("ipv4/tcp_fastopen", "0x607")?;
+        let listener = w.serving(listener_with(ANY, 16, libc::IPPROTO_TCP, |s| {
+            sockets::set(s, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)
+        })?)?;
+        w.fast_open();
+        let client = sockets::unconnected()?;
+        raw::deafen(&client)?;
+        let flags = SendFlags::DONTWAIT | SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
+        sendto(&client, b"early", flags, &listener.local_addr()?)?;
+        w.has(&[(Backlog, 1)], 0)?;
+        let (server, _) = listener.accept()?;
+        take(&server, 5)?;
+        // The client has not acknowledged anything yet, so the handshake is not done.
+        ensure!(
+            w.look()?
+                .iter()
+                .any(|s| s.inode != 0 && s.state == ebb::flow::TcpState::SynRecv),
+            "not accepted in SYN_RECV: {:?}",
+            w.look()?
+        );
+        w.has(&[(Active, 1)], 0)?;
+        raw::undeafen(&client)?;
+        // Its SYN+ACK is sent again after a second.
+        w.has(&[(Active, 1)], 1)?;
+        drop((server, client));
+        w.has(&[], 0)?;
+        ensure!(w.ever() == 1, "counted {} times", w.ever());
+        Ok(())
+    })
+}
+
+fn case_10_a_socket_connected_to_itself_is_not_inbound() -> Result<()> {
+    world(|w| {
+        let socket = sockets::unconnected()?;
+        bind(&socket, &ANY)?;
+        let own: SocketAddr = rustix::net::getsockname(&socket)?.try_into()?;
+        connect(&socket, &own)?;
+        w.has(&[], 1)?;
+        drop(socket);
+        w.has(&[], 0)?;
+        ensure!(w.ever() == 0, "counted as inbound");
+        Ok(())
+    })
+}
+
+fn case_10_a_simultaneous_open_is_not_inbound() -> Result<()> {
+    world(|w| {
+        let (a, b) = (sockets::unconnected()?, sockets::unconnected()?);
+        for socket in [&a, &b] {
+            sockopt::set_socket_reuseaddr(socket, true)?;
+            bind(socket, &ANY)?;
+        }
+        let at = |s| -> Result<SocketAddr> { Ok(rustix::net::getsockname(s)?.try_into()?) };
+        let (at_a, at_b) = (at(&a)?, at(&b)?);
+        // The first does not hear that nobody is there, so it goes on dialling until it is dialled itself.
+        raw::deafen(&a)?;
+        rustix::io::ioctl_fionbio(&a, true)?;
+        let pending = connect(&a, &at_b);
+        ensure!(pending == Err(rustix::io::Errno::INPROGRESS), "{pending:?}");
+        raw::undeafen(&a)?;
+        connect(&b, &at_a)?;
+        w.has(&[], 2)?;
+        drop((a, b));
+        w.has(&[], 0)?;
+        ensure!(w.ever() == 0, "counted as inbound");
+        Ok(())
+    })
+}

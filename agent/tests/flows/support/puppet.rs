@@ -1,0 +1,189 @@
+//! A process that does with its sockets what it is told, line by line: for what a thread can't do, being
+//! in another cgroup and being killed.
+
+use std::{
+    collections::VecDeque,
+    env, fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    path::Path,
+    process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use super::{cgroup::Cgroup, sockets};
+
+const NAME: &str = "ebb-flows-puppet";
+const WORKER: &str = "ebb-flows-worker";
+
+/// Becomes the puppet if this process was started as one.
+pub(crate) fn dispatch() -> Option<ExitCode> {
+    let name = env::args_os().next()?;
+    match Path::new(&name).file_name()?.to_str()? {
+        NAME => serve(),
+        WORKER => work().unwrap(),
+        _ => return None,
+    }
+    Some(ExitCode::SUCCESS)
+}
+
+/// Accepts from the listener that is its standard input, in the cgroup that is its argument.
+fn work() -> Result<()> {
+    let cgroup = env::args_os().nth(1).context("no cgroup")?;
+    fs::write(Path::new(&cgroup).join("cgroup.procs"), "0")?;
+    let listener = TcpListener::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let mut accepted = Vec::new();
+    loop {
+        accepted.push(listener.accept()?);
+    }
+}
+
+#[derive(Default)]
+struct Sockets {
+    listener: Option<TcpListener>,
+    streams: VecDeque<TcpStream>,
+    given_on: Vec<Child>,
+}
+
+/// One reply for each line, until there are no more.
+fn serve() {
+    let mut sockets = Sockets::default();
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let reply = match sockets.obey(&line) {
+            Ok(reply) => format!("ok {reply}"),
+            Err(error) => format!("error {error:#}"),
+        };
+        println!("{reply}");
+    }
+}
+
+impl Sockets {
+    fn obey(&mut self, line: &str) -> Result<String> {
+        let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match verb {
+            "listen" => {
+                let listener = TcpListener::bind(sockets::ANY)?;
+                let at = listener.local_addr()?.to_string();
+                self.listener = Some(listener);
+                return Ok(at);
+            }
+            "accept" => self.streams.push_back(self.listener()?.accept()?.0),
+            "connect" => {
+                let to: SocketAddr = rest.parse()?;
+                self.streams.push_back(TcpStream::connect(to)?);
+            }
+            "move" => fs::write(Path::new(rest).join("cgroup.procs"), "0")?,
+            "fill" => {
+                let last = self.streams.back().context("nothing to fill")?;
+                return Ok(sockets::fill(last)?.to_string());
+            }
+            "close" => drop(self.streams.pop_front()),
+            // A worker that inherits the first connection.
+            "fork" => {
+                let first = self.streams.front().context("nothing to inherit")?;
+                self.given_on.push(
+                    Command::new("sleep")
+                        .arg("1000")
+                        .stdin(OwnedFd::from(first.try_clone()?))
+                        .stdout(Stdio::null())
+                        .spawn()?,
+                );
+            }
+            // A worker in another cgroup that inherits the listener, accepts and never closes.
+            "worker" => {
+                let listener = self.listener()?.try_clone()?;
+                self.listener = None;
+                self.given_on.push(
+                    Command::new(env::current_exe()?)
+                        .arg0(WORKER)
+                        .arg(rest)
+                        .stdin(OwnedFd::from(listener))
+                        .stdout(Stdio::null())
+                        .spawn()?,
+                );
+            }
+            "kill-forks" => {
+                for mut child in self.given_on.drain(..) {
+                    child.kill()?;
+                    child.wait()?;
+                }
+            }
+            _ => bail!("no such verb: {verb}"),
+        }
+        Ok(String::new())
+    }
+
+    fn listener(&self) -> Result<&TcpListener> {
+        self.listener.as_ref().context("not listening")
+    }
+}
+
+/// The hand that moves it. Dropping it kills the process.
+pub(crate) struct Puppet {
+    child: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+}
+
+impl Puppet {
+    /// Starts one in the calling thread's namespace.
+    pub(crate) fn start() -> Result<Self> {
+        let mut child = Command::new(env::current_exe()?)
+            .arg0(NAME)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let to = child.stdin.take().context("no stdin")?;
+        let from = BufReader::new(child.stdout.take().context("no stdout")?);
+        Ok(Self { child, to, from })
+    }
+
+    /// Starts one in a cgroup.
+    pub(crate) fn start_in(cgroup: &Cgroup) -> Result<Self> {
+        let mut puppet = Self::start()?;
+        puppet.move_to(cgroup)?;
+        Ok(puppet)
+    }
+
+    /// Moves the process into a cgroup.
+    pub(crate) fn move_to(&mut self, cgroup: &Cgroup) -> Result<()> {
+        self.tell(&format!("move {}", cgroup.path().display()))
+            .map(drop)
+    }
+
+    /// Has it do something; returns what it answers.
+    pub(crate) fn tell(&mut self, line: &str) -> Result<String> {
+        writeln!(self.to, "{line}")?;
+        let mut reply = String::new();
+        self.from.read_line(&mut reply)?;
+        reply
+            .trim_end()
+            .strip_prefix("ok")
+            .map(|answer| answer.trim().to_owned())
+            .ok_or_else(|| anyhow!("{line:?}: {reply:?}"))
+    }
+
+    /// Has it listen; returns where.
+    pub(crate) fn listen(&mut self) -> Result<SocketAddr> {
+        Ok(self.tell("listen")?.parse()?)
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Puppet {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

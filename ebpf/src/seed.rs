@@ -65,7 +65,8 @@ fn visit(sk: *const c_void) -> Option<()> {
         role,
         counted: 0,
         seeded: 1,
-        zero: [0; 5],
+        state,
+        zero: [0; 4],
     };
     account::moved_to(account::create(sk, first)?, state, now);
     Some(())

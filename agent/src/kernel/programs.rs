@@ -24,6 +24,9 @@ use crate::ids::NetnsInode;
 /// The compiled programs, built by build.rs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ebb-ebpf"));
 
+/// The tracker, twice: see its module.
+const TRACKERS: [&str; 2] = ["track", "track_nested"];
+
 /// The loaded programs. They are detached and all maps freed when this is dropped, also when the process
 /// is killed: nothing is pinned.
 pub(super) struct Programs {
@@ -70,9 +73,11 @@ impl Programs {
             .map_err(|e| refused("the BPF maps", e))?;
         // Programs name their maps by descriptor, so they are loaded before any map is taken away.
         let btf = Btf::from_sys_fs().map_err(|e| refused("its own BTF", e))?;
-        program::<BtfTracePoint>(&mut ebpf, "track")?
-            .load("inet_sock_set_state", &btf)
-            .map_err(|e| refused("the program tp_btf/inet_sock_set_state", e))?;
+        for name in TRACKERS {
+            program::<BtfTracePoint>(&mut ebpf, name)?
+                .load("inet_sock_set_state", &btf)
+                .map_err(|e| refused("the program tp_btf/inet_sock_set_state", e))?;
+        }
         for name in ["seed", "bare_ack"] {
             program::<Iter>(&mut ebpf, name)?
                 .load("tcp", &btf)
@@ -102,11 +107,13 @@ impl Programs {
     }
 
     fn attach(&mut self) -> Result<(), KernelError> {
-        let track: &mut BtfTracePoint = program(&mut self.ebpf, "track")?;
-        track
-            .attach()
-            .map(drop)
-            .map_err(|e| refused("the program tp_btf/inet_sock_set_state", e))
+        for name in TRACKERS {
+            let track: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
+            track
+                .attach()
+                .map_err(|e| refused("the program tp_btf/inet_sock_set_state", e))?;
+        }
+        Ok(())
     }
 
     /// Walks the sockets of every network namespace that has a process. A namespace made meanwhile needs

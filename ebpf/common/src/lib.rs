@@ -84,8 +84,10 @@ pub struct FlowRecord {
     pub counted: u8,
     /// 1: it is older than the agent.
     pub seeded: u8,
+    /// TCP state after the last change that was accounted.
+    pub state: u8,
     /// Zero.
-    pub zero: [u8; 5],
+    pub zero: [u8; 4],
 }
 const _: () = assert!(size_of::<FlowRecord>() == 32);
 

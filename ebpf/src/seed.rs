@@ -9,7 +9,6 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use ebb_common::{FlowRecord, ListenKey, ROLE_INBOUND, ROLE_OUTBOUND, is_flow, tcp_state::LISTEN};
 
 use crate::{
@@ -57,17 +56,15 @@ fn visit(sk: *const c_void) -> Option<()> {
     if !is_flow(role, state) {
         return None;
     }
-    // SAFETY: no arguments, no preconditions.
-    let now = unsafe { bpf_ktime_get_boot_ns() };
     let first = FlowRecord {
         key,
-        opened_at: now,
+        opened_at: 0,
         role,
         counted: 0,
         seeded: 1,
         state,
         zero: [0; 4],
     };
-    account::moved_to(account::create(sk, first)?, state, now);
+    account::moved_to(account::create(sk, first)?, state);
     Some(())
 }

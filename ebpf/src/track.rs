@@ -11,9 +11,7 @@
 use core::ffi::{c_int, c_void};
 
 use aya_ebpf::{
-    helpers::{bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
-    macros::btf_tracepoint,
-    programs::BtfTracePointContext,
+    helpers::bpf_get_socket_cookie, macros::btf_tracepoint, programs::BtfTracePointContext,
 };
 use aya_log_ebpf::debug;
 use ebb_common::{
@@ -56,7 +54,6 @@ fn state_change(ctx: &BtfTracePointContext, sk: *const c_void, from: u8, to: u8)
     if known.as_ref().is_some_and(|record| record.state == to) {
         return;
     }
-    let now = now();
     let record = match known {
         Some(record) => {
             record.state = to;
@@ -84,7 +81,7 @@ fn state_change(ctx: &BtfTracePointContext, sk: *const c_void, from: u8, to: u8)
             };
             let first = FlowRecord {
                 key,
-                opened_at: now,
+                opened_at: 0,
                 role,
                 counted: 0,
                 seeded: 0,
@@ -98,10 +95,10 @@ fn state_change(ctx: &BtfTracePointContext, sk: *const c_void, from: u8, to: u8)
             record
         }
     };
-    account::moved_to(record, to, now);
+    account::moved_to(record, to);
     // A new child shares its listener's cookie and peer until its next change (before 6.15).
     if record.role == ROLE_INBOUND && from != LISTEN && is_watched(&record.key) {
-        emit(ctx, sk, record.key, from, to, now);
+        emit(ctx, sk, record.key, from, to);
     }
     if to == CLOSE {
         record.role = ROLE_NONE;
@@ -119,15 +116,8 @@ fn is_watched(key: &WorkloadKey) -> bool {
 }
 
 #[inline(always)]
-fn emit(
-    ctx: &BtfTracePointContext,
-    sk: *const c_void,
-    key: WorkloadKey,
-    from: u8,
-    to: u8,
-    at: u64,
-) {
-    let Some(event) = event(sk, key, from, to, at) else {
+fn emit(ctx: &BtfTracePointContext, sk: *const c_void, key: WorkloadKey, from: u8, to: u8) {
+    let Some(event) = event(sk, key, from, to) else {
         return;
     };
     if EVENTS.output(event, 0).is_err() {
@@ -137,7 +127,7 @@ fn emit(
 }
 
 #[inline(always)]
-fn event(sk: *const c_void, key: WorkloadKey, from: u8, to: u8, at: u64) -> Option<FlowEvent> {
+fn event(sk: *const c_void, key: WorkloadKey, from: u8, to: u8) -> Option<FlowEvent> {
     let sock = Sock(sk);
     let family = sock.family()?;
     let (local_addr, remote_addr) = if family == AF_INET {
@@ -146,7 +136,7 @@ fn event(sk: *const c_void, key: WorkloadKey, from: u8, to: u8, at: u64) -> Opti
         (sock.local_v6()?, sock.remote_v6()?)
     };
     Some(FlowEvent {
-        at,
+        at: account::now(),
         // SAFETY: `sk` is the tracepoint's own argument.
         cookie: unsafe { bpf_get_socket_cookie(sk.cast_mut()) },
         key,
@@ -163,10 +153,4 @@ fn event(sk: *const c_void, key: WorkloadKey, from: u8, to: u8, at: u64) -> Opti
 #[inline(always)]
 fn widen([a, b, c, d]: [u8; 4]) -> [u8; 16] {
     [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: no arguments, no preconditions.
-    unsafe { bpf_ktime_get_boot_ns() }
 }

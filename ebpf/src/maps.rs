@@ -22,6 +22,10 @@ pub(crate) static WORKLOADS: HashMap<WorkloadKey, Workload, 16384> = HashMap::ne
 #[btf_map]
 pub(crate) static WATCHED: HashMap<WorkloadKey, u8, 4096> = HashMap::new();
 
+/// How many workloads are watched.
+#[btf_map]
+pub(crate) static WATCHES: Array<u32, 1> = Array::new();
+
 /// State changes of inbound flows of watched workloads. 2^19 bytes hold some 6,500 of them.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<FlowEvent, 524288> = RingBuf::new();

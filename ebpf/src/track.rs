@@ -3,10 +3,11 @@
 //! Only connections get here: request sockets (SYN received, handshake not done) and TIME_WAIT sockets
 //! change no state by this way, and entering TIME_WAIT shows as CLOSE.
 //!
-//! The program is attached twice. The kernel never runs one inside itself on the same CPU: where an interrupt
-//! brings packets in while it runs (`lock_sock` leaves them on), the changes of those connections would be
-//! missed (`recursion_misses` in kernel/bpf; seen up to four times in 100,000 connections under load). They meet the other copy, because
-//! softirqs do not nest. Whichever comes second finds the record in the new state and is done.
+//! The program is attached three times. The kernel never runs one inside itself on the same CPU: where another
+//! task preempts it, or an interrupt brings packets in (`lock_sock` leaves both on), the changes made meanwhile
+//! would be missed (`recursion_misses` in kernel/bpf; under load up to four in 100,000 connections). They meet
+//! the second copy, and what interrupts that one the third: with two copies one change in some millions was still
+//! missed. Whichever comes later finds the record in the new state and is done.
 
 use core::ffi::{c_int, c_void};
 
@@ -21,7 +22,7 @@ use ebb_common::{
 
 use crate::{
     account,
-    maps::{EVENTS, HOST_NETNS, WATCHED},
+    maps::{EVENTS, HOST_NETNS, WATCHED, WATCHES},
     sock::Sock,
 };
 
@@ -34,7 +35,12 @@ fn track(ctx: BtfTracePointContext) -> i32 {
 }
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
-fn track_nested(ctx: BtfTracePointContext) -> i32 {
+fn track_second(ctx: BtfTracePointContext) -> i32 {
+    changed(&ctx)
+}
+
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn track_third(ctx: BtfTracePointContext) -> i32 {
     changed(&ctx)
 }
 
@@ -107,6 +113,10 @@ fn state_change(ctx: &BtfTracePointContext, sk: *const c_void, from: u8, to: u8)
 
 #[inline(always)]
 fn is_watched(key: &WorkloadKey) -> bool {
+    // Most of the time nothing is, and this costs less than a lookup in the hash.
+    if WATCHES.get(0).is_none_or(|n| *n == 0) {
+        return false;
+    }
     let watch = if key.netns == HOST_NETNS.load() {
         WorkloadKey { netns: 0, ..*key }
     } else {

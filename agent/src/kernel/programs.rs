@@ -24,8 +24,8 @@ use crate::ids::NetnsInode;
 /// The compiled programs, built by build.rs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ebb-ebpf"));
 
-/// The tracker, twice: see its module.
-const TRACKERS: [&str; 2] = ["track", "track_nested"];
+/// The tracker, three times: see its module.
+const TRACKERS: [&str; 3] = ["track", "track_second", "track_third"];
 
 /// The loaded programs. They are detached and all maps freed when this is dropped, also when the process
 /// is killed: nothing is pinned.
@@ -34,7 +34,9 @@ pub(super) struct Programs {
     /// See `maps::WORKLOADS` in the programs.
     pub(super) workloads: HashMap<MapData, WorkloadKey, Workload>,
     /// See `maps::WATCHED`.
-    pub(super) watched: HashMap<MapData, WorkloadKey, u8>,
+    watched: HashMap<MapData, WorkloadKey, u8>,
+    /// See `maps::WATCHES`.
+    watches: Array<MapData, u32>,
     /// See `maps::FLOWS`.
     pub(super) flows: OwnedFd,
     /// See `maps::LOST`.
@@ -96,6 +98,8 @@ impl Programs {
         Ok(Self {
             workloads: hash(&mut ebpf, "WORKLOADS")?,
             watched: hash(&mut ebpf, "WATCHED")?,
+            watches: Array::try_from(take(&mut ebpf, "WATCHES")?)
+                .map_err(|e| refused("the map WATCHES", e))?,
             lost: Arc::new(
                 Array::try_from(take(&mut ebpf, "LOST")?)
                     .map_err(|e| refused("the map LOST", e))?,
@@ -134,6 +138,28 @@ impl Programs {
             let _ = listeners.remove(&key);
         }
         Ok(())
+    }
+
+    /// Has the events of workloads reported.
+    pub(super) fn watch(&mut self, keys: &[WorkloadKey]) -> io::Result<()> {
+        for key in keys {
+            self.watched.insert(key, 1, 0).map_err(io::Error::other)?;
+        }
+        self.count_watches()
+    }
+
+    /// Ends what [`Self::watch`] began.
+    pub(super) fn unwatch(&mut self, keys: &[WorkloadKey]) -> io::Result<()> {
+        for key in keys {
+            // It may never have been watched.
+            let _ = self.watched.remove(key);
+        }
+        self.count_watches()
+    }
+
+    fn count_watches(&mut self) -> io::Result<()> {
+        let watches = u32::try_from(self.watched.keys().count()).unwrap_or(u32::MAX);
+        self.watches.set(0, watches, 0).map_err(io::Error::other)
     }
 
     /// A link of an iterator program, for one [`walk`].

@@ -171,14 +171,7 @@ impl Tracker {
             let netns = open(*inode, *pid)?;
             lock(&self.inner.watched).insert(*inode, Arc::new(netns));
         }
-        let mut programs = lock(&self.inner.programs);
-        for key in watch_keys(scope)? {
-            programs
-                .watched
-                .insert(key, 1, 0)
-                .map_err(io::Error::other)?;
-        }
-        Ok(())
+        lock(&self.inner.programs).watch(&watch_keys(scope)?)
     }
 
     /// Ends what [`Tracker::watch`] began. Harmless if it had not.
@@ -186,9 +179,9 @@ impl Tracker {
         if let Scope::Netns { inode, .. } = scope {
             lock(&self.inner.watched).remove(inode);
         }
-        let mut programs = lock(&self.inner.programs);
-        for key in watch_keys(scope).unwrap_or_default() {
-            let _ = programs.watched.remove(&key);
+        let keys = watch_keys(scope).unwrap_or_default();
+        if let Err(e) = lock(&self.inner.programs).unwatch(&keys) {
+            tracing::warn!("can't count the watched workloads: {e}");
         }
     }
 

@@ -177,9 +177,11 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let drains = Drains::spawn(Arc::new(tracker.clone()), events, journal, notices);
     let metrics = Arc::new(Metrics::default());
     let teller = tokio::spawn(tell::tell(heard, Arc::clone(&metrics)));
-    if let Err(e) = pods.refresh().await {
-        // It answered a moment ago, so it may again: pods are looked up when somebody asks.
-        tracing::warn!("{}", one_line(&e.into()));
+    // The runtime answered a moment ago, so it may again: pods are looked up when somebody asks.
+    match tokio::time::timeout(FIRST_LIST_WITHIN, pods.refresh()).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(e)) => tracing::warn!("{}", one_line(&e.into())),
+        Err(_) => tracing::warn!("the container runtime is slow to list its pods"),
     }
     Ok(Running {
         agent: Arc::new(Agent {
@@ -203,6 +205,9 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
 pub fn socket_path(run_dir: &Path) -> PathBuf {
     run_dir.join("agent.sock")
 }
+
+/// How long the start waits for the first list of pods.
+const FIRST_LIST_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long requests may take to end when the agent stops: held calls are answered, then cut.
 const STOP_WITHIN: Duration = Duration::from_secs(2);

@@ -54,6 +54,9 @@ pub(crate) fn moved_to(record: &mut FlowRecord, state: u8) {
     if is == was {
         return;
     }
+    if is {
+        record.opened_at = now();
+    }
     let Some(workload) = workload(&record.key) else {
         lost(LOST_WORKLOAD);
         return;
@@ -67,7 +70,6 @@ pub(crate) fn moved_to(record: &mut FlowRecord, state: u8) {
     };
     if is {
         record.counted = 1;
-        record.opened_at = now();
         add(counter, 1);
         if total {
             increment(&raw const workload.inbound_total);

@@ -140,7 +140,12 @@ pub(super) async fn run(flags: Flags) -> Result<()> {
             ..Policy::default()
         },
     };
-    start::start(config).await?.serve(stop).await;
+    // A runtime that is slow to answer must not keep the agent from being stopped.
+    let running = tokio::select! {
+        started = start::start(config) => started?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    running.serve(stop).await;
     Ok(())
 }
 

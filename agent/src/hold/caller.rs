@@ -55,18 +55,25 @@ async fn among(
     remote: SocketAddr,
     local: SocketAddr,
 ) -> Option<Arc<Pod>> {
+    // Addresses such as 127.0.0.1 are in every namespace, so the same four numbers may name a connection of
+    // a pod with itself. One that the host's namespace has is the host's, and then only cgroups tell whose.
+    if let Some(socket) = agent.tracker.find_on_host(remote, local).await.ok()? {
+        let cgroup = socket.cgroup?;
+        let owner = table
+            .iter()
+            .find(|p| matches!(&p.scope, Scope::HostNetwork(cgroups) if cgroups.contains(&cgroup)));
+        return owner.cloned();
+    }
+    if remote.ip().is_loopback() {
+        return None;
+    }
     let by_address = table.by_ip(remote.ip());
-    let others = table.iter().filter(|p| {
-        matches!(p.scope, Scope::HostNetwork(_))
-            || (by_address.is_none() && matches!(p.scope, Scope::Netns { .. }))
-    });
+    let others = table.iter().filter(|_| by_address.is_none());
     for pod in by_address.into_iter().chain(others) {
-        let Ok(Some(socket)) = agent.tracker.find(&pod.scope, remote, local).await else {
-            continue;
-        };
-        match &pod.scope {
-            Scope::HostNetwork(cgroups) if socket.cgroup.is_none_or(|c| !cgroups.contains(&c)) => {}
-            _ => return Some(Arc::clone(pod)),
+        if matches!(pod.scope, Scope::Netns { .. })
+            && let Ok(Some(_)) = agent.tracker.find(&pod.scope, remote, local).await
+        {
+            return Some(Arc::clone(pod));
         }
     }
     None

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 
 use super::wire::{HeldCall, HoldMessage, HoldRequest, ReleaseReason};
 use crate::{
@@ -11,6 +11,11 @@ use crate::{
     drain::driver::HoldOrder,
     pods::{Pod, kube::LONGEST_WAIT, table::PodTable, terminating::Evidence},
 };
+
+/// How long a stop waits for the runtime's list of pods. With what [`FIRST_MESSAGE`] leaves for the rest.
+///
+/// [`FIRST_MESSAGE`]: super::wire::FIRST_MESSAGE
+const REFRESH_WITHIN: Duration = Duration::from_millis(500);
 
 /// Answers one request, message by message. Ends early, giving the hold up, when nobody listens any more.
 pub async fn answer(agent: Arc<Agent>, request: HoldRequest, to: mpsc::Sender<HoldMessage>) {
@@ -94,11 +99,12 @@ fn in_drain(agent: &Agent, pod: &Pod) -> bool {
     view.active.iter().any(|r| r.pod.uid == pod.name.uid)
 }
 
-/// The pods as they are now, or as they were last known if the runtime is away.
+/// The pods as they are now, or as they were last known if the runtime is away or slow: one sandbox that is
+/// stuck must not keep all the others from being held.
 async fn fresh(agent: &Agent) -> Arc<PodTable> {
-    match agent.pods.refresh().await {
-        Ok(table) => table,
-        Err(_) => agent.pods.latest(),
+    match timeout(REFRESH_WITHIN, agent.pods.refresh()).await {
+        Ok(Ok(table)) => table,
+        Ok(Err(_)) | Err(_) => agent.pods.latest(),
     }
 }
 

@@ -80,7 +80,7 @@ async fn wait(
             warnings,
             grace,
             // The margin that is kept from a caller's patience is for calls that must be forwarded after.
-            patience: patience.map(|p| p + crate::drain::policy::PATIENCE_MARGIN),
+            patience: patience.map(|p| p.saturating_add(crate::drain::policy::PATIENCE_MARGIN)),
         })
         .await;
     Json(WaitReply {

@@ -15,9 +15,9 @@ use crate::ids::{ContainerId, PodUid, SandboxId};
 pub const HOLDS_PATH: &str = "/v1/holds";
 
 /// How long a holder waits for the first message. The agent may need some of it to find out whether a pod
-/// is terminating: 0.8 s where it asks the API server, then 1 s where that does not answer and it waits for
-/// the stops of the pod's other containers.
-pub const FIRST_MESSAGE: Duration = Duration::from_secs(2);
+/// is terminating: 0.5 s for a slow runtime, 0.8 s where it asks the API server, then 1 s where that does not
+/// answer and it waits for the stops of the pod's other containers.
+pub const FIRST_MESSAGE: Duration = Duration::from_millis(2500);
 
 /// What is being held.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -45,8 +45,10 @@ pub(super) fn idle(netns: &Netns, idle: &[Flow]) -> io::Result<Vec<SocketCookie>
         // Finding the owner took a while: look once more, right before.
         let still = diag.find(flow.local, flow.remote)?;
         if still.is_some_and(|s| is_untouched(&s, flow)) {
-            shutdown(&socket, Shutdown::Read)?;
-            closed.push(flow.cookie);
+            // It may have been reset in this very moment.
+            if shutdown(&socket, Shutdown::Read).is_ok() {
+                closed.push(flow.cookie);
+            }
         }
     }
     Ok(closed)

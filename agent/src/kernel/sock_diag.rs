@@ -46,8 +46,9 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 const SK_DIAG_BPF_STORAGE: u16 = 1;
 const SK_DIAG_BPF_STORAGE_MAP_VALUE: u16 = 3;
 
-/// All states but TIME_WAIT (6): those sockets are nobody's any more.
-const STATES: u32 = 0xffff & !(1 << 6);
+/// The states of [`TcpState`] but TIME_WAIT (6) and NEW_SYN_RECV (12): TIME_WAIT sockets are nobody's any
+/// more, and request sockets no connections yet.
+const STATES: u32 = 0xffe & !(1 << 6);
 
 /// As much as the kernel puts into one reply of a dump (`NLMSG_GOODSIZE` aside, it uses up to 32 KiB).
 const BUFFER: usize = 64 * 1024;
@@ -75,7 +76,7 @@ impl SockDiag {
         let mut samples = Vec::new();
         for family in [AF_INET, AF_INET6] {
             let request = request(family, NLM_F_REQUEST | NLM_F_DUMP, None, storage);
-            self.ask(&request, |reply| samples.extend(reply))?;
+            self.ask(&request, |sample| samples.push(sample))?;
         }
         Ok(samples)
     }
@@ -85,34 +86,49 @@ impl SockDiag {
         let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
         let request = request(family, NLM_F_REQUEST, Some((local, remote)), None);
         let mut found = None;
-        match self.ask(&request, |reply| found = reply) {
+        match self.ask(&request, |sample| found = Some(sample)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
             Ok(()) => Ok(found.filter(|s: &Sample| s.state != TcpState::Listen)),
         }
     }
 
-    /// Sends `request` and gives each socket in the reply to `each`.
-    fn ask(&self, request: &[u8], mut each: impl FnMut(Option<Sample>)) -> io::Result<()> {
+    /// Sends `request` and gives each socket in the reply to `each`. A reply that is not whole is an error:
+    /// the sockets that are missing from it are not gone.
+    fn ask(&self, request: &[u8], mut each: impl FnMut(Sample)) -> io::Result<()> {
         let is_dump = request.get(6..8) == Some(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
         send(&self.0, request, SendFlags::empty())?;
         let mut buffer = vec![0; BUFFER];
         loop {
-            let (n, _) = recv(&self.0, buffer.as_mut_slice(), RecvFlags::empty())?;
-            let mut rest = Bytes(&buffer[..n]);
-            while let Some((kind, body)) = next_message(&mut rest) {
-                match kind {
-                    NLMSG_DONE => return Ok(()),
-                    NLMSG_ERROR => return error(body),
-                    SOCK_DIAG_BY_FAMILY => each(sample(body)),
-                    _ => {}
-                }
-            }
-            if !is_dump {
+            // With TRUNC the length is that of the message, also where the buffer was too short for it.
+            let (_, n) = recv(&self.0, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
+            let reply = buffer.get(..n).ok_or_else(broken)?;
+            if replied(Bytes(reply), &mut each)? || !is_dump {
                 return Ok(());
             }
         }
     }
+}
+
+/// Takes one datagram of a reply apart. `true`: it was the last one.
+fn replied(mut rest: Bytes<'_>, each: &mut impl FnMut(Sample)) -> io::Result<bool> {
+    while !rest.0.is_empty() {
+        let (kind, body) = next_message(&mut rest).ok_or_else(broken)?;
+        match kind {
+            // A dump that failed half-way ends like one that did not, but with a number.
+            NLMSG_DONE | NLMSG_ERROR => return error(body).map(|()| true),
+            SOCK_DIAG_BY_FAMILY => each(sample(body).ok_or_else(broken)?),
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+fn broken() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the kernel's list of sockets can't be read to its end",
+    )
 }
 
 fn error(mut body: Bytes<'_>) -> io::Result<()> {
@@ -327,6 +343,31 @@ mod tests {
             .unwrap();
         assert_eq!(conn.bytes_received, 5);
         assert!(conn.inode != 0);
+    }
+
+    /// A netlink message.
+    fn message(kind: u16, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + body.len()).unwrap();
+        let mut m = length.to_ne_bytes().to_vec();
+        m.extend(kind.to_ne_bytes());
+        m.extend([0; 10]);
+        m.extend(body);
+        m
+    }
+
+    #[test]
+    fn a_reply_that_is_not_whole_is_an_error_and_never_a_short_list() {
+        let parse = |bytes: &[u8]| replied(Bytes(bytes), &mut |_| {});
+        assert!(parse(&message(NLMSG_DONE, &0i32.to_ne_bytes())).unwrap());
+        let failed = parse(&message(NLMSG_DONE, &(-12i32).to_ne_bytes())).unwrap_err();
+        assert_eq!(failed.raw_os_error(), Some(12));
+        assert!(
+            parse(&message(SOCK_DIAG_BY_FAMILY, &[0xff; 72])).is_err(),
+            "no socket"
+        );
+        let mut cut = message(SOCK_DIAG_BY_FAMILY, &[0; 72]);
+        cut.truncate(60);
+        assert!(parse(&cut).is_err(), "cut");
     }
 
     #[test]

@@ -145,6 +145,20 @@ impl Tracker {
         .await
     }
 
+    /// The connection between `local` and `remote` in the host's namespace, if it exists.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not answer.
+    pub async fn find_on_host(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> io::Result<Option<Sample>> {
+        self.blocking(move |inner| inner.host.run(SockDiag::open)?.find(local, remote))
+            .await
+    }
+
     /// Closes the reading side of `idle` flows of a pod, of those that have not moved since the look that
     /// found them idle, and returns which. Their owners then close them.
     ///
@@ -171,7 +185,10 @@ impl Tracker {
             let netns = open(*inode, *pid)?;
             lock(&self.inner.watched).insert(*inode, Arc::new(netns));
         }
-        lock(&self.inner.programs).watch(&watch_keys(scope)?)
+        let keys = watch_keys(scope)?;
+        let watching = lock(&self.inner.programs).watch(&keys);
+        // What was half begun would stay: nobody ends a watch that failed.
+        watching.inspect_err(|_| self.unwatch(scope))
     }
 
     /// Ends what [`Tracker::watch`] began. Harmless if it had not.

@@ -38,6 +38,7 @@ fn main() -> ExitCode {
     if arguments.list {
         return libtest_mimic::run(&arguments, trials()).exit_code();
     }
+    sandbox::end_with_parent();
     sandbox::inside(|| libtest_mimic::run(&arguments, trials()).exit_code())
 }
 

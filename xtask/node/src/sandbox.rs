@@ -66,6 +66,17 @@ pub fn inside(f: impl FnOnce() -> ExitCode) -> ExitCode {
     }
 }
 
+/// Has this process end (by SIGTERM, and so in order) when its parent does: for a test program, which a
+/// runner that is killed leaves behind otherwise. To be called before [`inside`].
+pub fn end_with_parent() {
+    let parent = rustix::process::getppid();
+    let set = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
+    // It may have died just before.
+    if set.is_ok() && rustix::process::getppid() != parent {
+        std::process::exit(1);
+    }
+}
+
 enum Side {
     Outer(u8),
     Worker,

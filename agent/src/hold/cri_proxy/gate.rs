@@ -1,7 +1,7 @@
 //! Holding one stop call: asking the agent, waiting for it, and never depending on it.
 //!
 //! ```text
-//!  ask ── no agent, pass, nonsense, silent for 2 s ─────────────────────► forward untouched
+//!  ask ── no agent, pass, nonsense, silent for 2.5 s ───────────────────► forward untouched
 //!   │
 //!   └─ holding ── release, agent gone or talking nonsense,
 //!                 own limit reached, proxy shutting down ───────────────► forward with what is left

@@ -219,6 +219,9 @@ impl Machine {
     /// know them.
     pub fn report(&self, now: BootTime) -> Report {
         let end = self.released.map_or(now, |(_, at)| at);
+        // What edges have told is known also without a look; that there was nothing is not.
+        let looked = self.tally.looked_at().is_some();
+        let known = |n: u32| (looked || n > 0).then_some(n);
         let (cut, cut_total) = match self.released {
             Some((_, at)) => self.tally.still_open(&self.flows, at),
             None => (Vec::new(), 0),
@@ -241,11 +244,11 @@ impl Machine {
             flows_at_start: self.tally.flows_at_start,
             flows_now: self.tally.flows_now,
             changes: self.tally.changes.clone(),
-            arrived: self.tally.arrived,
-            ended: self.tally.ended,
+            arrived: known(self.tally.arrived),
+            ended: known(self.tally.ended),
             idle_closed: self.tally.idle_closed,
             cut,
-            cut_total,
+            cut_total: known(cut_total),
             late_peers: self.tally.late_peers(),
             release_lag_us,
             warnings: self.subject.warnings.clone(),

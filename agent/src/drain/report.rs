@@ -112,17 +112,20 @@ pub struct Report {
     pub flows_now: Option<FlowCounts>,
     /// The picture at the beginning and at each change, oldest first; at most 256.
     pub changes: Vec<Change>,
-    /// Flows that arrived while it was under way.
-    pub arrived: u32,
-    /// Flows that ended by themselves.
-    pub ended: u32,
+    /// Flows that arrived while it was under way. Absent as long as nobody could look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrived: Option<u32>,
+    /// Flows that ended by themselves. Absent as long as nobody could look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<u32>,
     /// Idle flows that ebb closed (`idle-flows: close`); they are among those that ended.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub idle_closed: u32,
     /// Flows that were still open at the release, and so are cut by the stop that follows; the first 256.
     pub cut: Vec<CutFlow>,
-    /// How many were.
-    pub cut_total: u32,
+    /// How many were. Absent if nobody could look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_total: Option<u32>,
     /// Peers that still connected, busiest first; at most 64.
     pub late_peers: Vec<LatePeer>,
     /// From the kernel's stamp on the last close to the release, in microseconds, where a close was what

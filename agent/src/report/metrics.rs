@@ -119,8 +119,8 @@ impl Metrics {
         self.drains.get_or_create(&Reason { reason }).inc();
         self.held
             .observe(std::time::Duration::from_millis(report.held_ms).as_secs_f64());
-        self.cut.inc_by(report.cut_total.into());
-        self.late.inc_by(report.arrived.into());
+        self.cut.inc_by(report.cut_total.unwrap_or(0).into());
+        self.late.inc_by(report.arrived.unwrap_or(0).into());
     }
 
     /// A call was not held.

@@ -81,8 +81,12 @@ pub fn pods(list: &PodList) -> String {
     out
 }
 
+/// `?` for what is not known.
+fn number(n: Option<u32>) -> String {
+    n.map_or_else(|| "?".into(), |n| n.to_string())
+}
+
 fn pod_row(p: &PodView) -> [String; 8] {
-    let number = |n: Option<u32>| n.map_or_else(|| "?".into(), |n| n.to_string());
     [
         p.pod.namespace.clone(),
         p.pod.name.clone(),
@@ -202,9 +206,9 @@ fn drain_row(r: &Report) -> [String; 11] {
         duration(r.deadline_ms),
         flows(r.flows_at_start),
         flows(r.flows_now),
-        r.arrived.to_string(),
-        r.ended.to_string(),
-        r.cut_total.to_string(),
+        number(r.arrived),
+        number(r.ended),
+        number(r.cut_total),
         r.release_lag_us
             .map_or_else(|| "-".into(), |us| format!("{us}µs")),
     ]

@@ -43,11 +43,12 @@ fn finished(r: &Report) -> String {
     if let Some(flows) = &r.flows_at_start {
         let _ = write!(line, ": {} at start", by_state(flows));
     }
-    let _ = write!(
-        line,
-        ", {} arrived, {} ended, {} cut",
-        r.arrived, r.ended, r.cut_total
-    );
+    let _ = match (r.arrived, r.ended, r.cut_total) {
+        (Some(arrived), Some(ended), Some(cut)) => {
+            write!(line, ", {arrived} arrived, {ended} ended, {cut} cut")
+        }
+        _ => write!(line, ", nobody could see its connections"),
+    };
     for c in r.cut.iter().take(3) {
         let _ = write!(line, "; cut {} {}", c.remote, c.state);
     }

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     if arguments.list {
         return libtest_mimic::run(&arguments, trials()).exit_code();
     }
+    ebb_node::sandbox::end_with_parent();
     ebb_node::sandbox::inside(|| {
         let done = libtest_mimic::run(&arguments, trials());
         if let Err(error) = kernel::nothing_lost() {

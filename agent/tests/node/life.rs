@@ -94,7 +94,7 @@ async fn wait_answered(scene: Scene) -> Result<()> {
     let report: Report = serde_json::from_slice(&out.stdout)?;
     ensure!(report.reason == Some(ReleaseReason::Shutdown), "{report:?}");
     ensure!(report.pod.name == "wait-answered", "{report:?}");
-    ensure!(report.cut_total == 1, "{report:?}");
+    ensure!(report.cut_total == Some(1), "{report:?}");
     Ok(())
 }
 

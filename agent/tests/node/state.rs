@@ -161,7 +161,10 @@ async fn flushing(scene: Scene) -> Result<()> {
     ensure!(stop.error().is_none(), "{stop:?}");
     let report = agent.drain("flusher").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
-    ensure!(report.ended == 1 && report.cut_total == 0, "{report:?}");
+    ensure!(
+        report.ended == Some(1) && report.cut_total == Some(0),
+        "{report:?}"
+    );
     Ok(())
 }
 
@@ -196,6 +199,9 @@ async fn backlog(scene: Scene) -> Result<()> {
     ensure!(stop.error().is_none(), "{stop:?}");
     let report = agent.drain("queue").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
-    ensure!(report.ended == 4 && report.cut_total == 0, "{report:?}");
+    ensure!(
+        report.ended == Some(4) && report.cut_total == Some(0),
+        "{report:?}"
+    );
     Ok(())
 }

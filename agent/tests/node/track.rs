@@ -162,7 +162,7 @@ async fn outbound(scene: Scene) -> Result<()> {
     let report = agent.drain("dialler").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!(
-        report.held_ms < 5_000 && report.cut_total == 0,
+        report.held_ms < 5_000 && report.cut_total == Some(0),
         "{report:?}"
     );
     Ok(())
@@ -212,7 +212,7 @@ async fn two_containers(scene: Scene) -> Result<()> {
     let report = agent.drain("pair").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!(
-        report.held_ms < 5_000 && report.cut_total == 0,
+        report.held_ms < 5_000 && report.cut_total == Some(0),
         "{report:?}"
     );
     Ok(())
@@ -263,7 +263,10 @@ async fn host_network(scene: Scene) -> Result<()> {
         report.flows_at_start.is_some_and(|f| f.total() == 2),
         "{report:?}"
     );
-    ensure!(report.ended == 2 && report.cut_total == 0, "{report:?}");
+    ensure!(
+        report.ended == Some(2) && report.cut_total == Some(0),
+        "{report:?}"
+    );
     Ok(())
 }
 

@@ -85,7 +85,10 @@ async fn from_a_pod(scene: Scene) -> Result<()> {
         ensure!(report.pod.name == "waiter", "{report:?}");
         ensure!(report.pod.uid.as_str() == pod.spec.uid, "{report:?}");
         ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
-        ensure!(report.ended == 1 && report.cut_total == 0, "{report:?}");
+        ensure!(
+            report.ended == Some(1) && report.cut_total == Some(0),
+            "{report:?}"
+        );
     }
     ensure!(
         !third.is_finished(),
@@ -184,6 +187,6 @@ async fn pre_stop(scene: Scene) -> Result<()> {
     ensure!(app.timeout < 29 * SECOND, "{stop:?}");
     let report = agent.drain("hooked").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
-    ensure!(report.ended == 1, "{report:?}");
+    ensure!(report.ended == Some(1), "{report:?}");
     Ok(())
 }

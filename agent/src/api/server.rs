@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
-    clock::{BootTime, millis},
+    clock::BootTime,
     flow::{Direction, Snapshot},
     hold::{
         holding,
@@ -134,7 +134,7 @@ async fn flows(State(agent): State<Arc<Agent>>, Query(query): Query<FlowQuery>) 
 async fn drains(State(agent): State<Arc<Agent>>) -> Response {
     let view = agent.drains.view().borrow().clone();
     let table = agent.pods.latest();
-    let mut drains = view.active.clone();
+    let mut drains: Vec<_> = view.under_way(BootTime::now()).collect();
     for report in &mut drains {
         // A drain looks only when it has to; who asks wants to know what is open now.
         if let Some(pod) = table.by_uid(&report.pod.uid)
@@ -142,7 +142,6 @@ async fn drains(State(agent): State<Arc<Agent>>) -> Response {
         {
             report.flows_now = Some(snapshot.counts());
         }
-        report.held_ms += millis(BootTime::now().since(view.at));
     }
     drains.extend(view.finished.iter().map(|r| r.as_ref().clone()));
     Json(DrainList {

@@ -435,6 +435,10 @@ impl<K: Kernel> Drains<K> {
                     look.await.map_or_else(Event::LookFailed, Event::Looked)
                 });
             }
+            // Nobody waits any more, so nobody says that the pod is still ending.
+            Some(Action::CloseIdle(_)) if active.holds == 0 => {
+                self.answer_with(id, std::future::ready(Event::IdleClosed(vec![])));
+            }
             Some(Action::CloseIdle(idle)) => {
                 let (kernel, pod) = (self.kernel.clone(), active.pod.clone());
                 self.answer_with(id, async move {

@@ -16,7 +16,9 @@ use tokio_util::sync::CancellationToken;
 use super::caller::{self, Ends};
 use crate::{
     agent::Agent,
-    drain::driver::HoldOrder,
+    clock::BootTime,
+    drain::{driver::HoldOrder, report::Report},
+    ids::PodUid,
     report::{
         text::one_line,
         view::{Problem, SCHEMA, WaitReply},
@@ -41,7 +43,7 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>, stop: CancellationT
 /// What the caller may ask for.
 #[derive(Deserialize)]
 struct WaitQuery {
-    /// Answer after this long at the latest (`30s`); the policy's own limits stay.
+    /// Answer after this long at the latest (`30s`), with the report as it is then.
     timeout: Option<String>,
 }
 
@@ -72,6 +74,7 @@ async fn wait(
     };
     let (policy, warnings) = agent.policy_of(&pod);
     let grace = agent.grace_of(&pod);
+    let uid = pod.name.uid.clone();
     let hold = agent
         .drains
         .hold(HoldOrder {
@@ -79,15 +82,33 @@ async fn wait(
             policy,
             warnings,
             grace,
-            // The margin that is kept from a caller's patience is for calls that must be forwarded after.
-            patience: patience.map(|p| p.saturating_add(crate::drain::policy::PATIENCE_MARGIN)),
+            // The patience of one who waits is not a limit for the others.
+            patience: None,
         })
         .await;
+    let report = match patience {
+        None => hold.released().await,
+        Some(patience) => tokio::select! {
+            report = hold.released() => report,
+            () = tokio::time::sleep(patience) => match under_way(&agent, &uid) {
+                Some(report) => report,
+                // It has ended in this very moment.
+                None => hold.released().await,
+            },
+        },
+    };
     Json(WaitReply {
         schema: SCHEMA.into(),
-        report: hold.released().await.as_ref().clone(),
+        report: report.as_ref().clone(),
     })
     .into_response()
+}
+
+/// The report of a pod's drain that is under way.
+fn under_way(agent: &Agent, pod: &PodUid) -> Option<Arc<Report>> {
+    let view = agent.drains.view().borrow().clone();
+    let mut drains = view.under_way(BootTime::now());
+    drains.find(|r| r.pod.uid == *pod).map(Arc::new)
 }
 
 /// Ready once the programs are attached, which is before this port is served; not if the runtime is gone.

@@ -157,8 +157,15 @@ async fn with_a_timeout(scene: Scene) -> Result<()> {
     ensure!(agent.drains("impatient").await?.is_empty());
     let url = format!("{}?timeout=2s", url(&agent));
     let report = report(&dial(&kubelet, &pod.containers[0], url).await??)?;
-    ensure!(report.reason == Some(ReleaseReason::Deadline), "{report:?}");
+    ensure!(report.reason.is_none(), "{report:?}");
     ensure!((1900..4000).contains(&report.held_ms), "{report:?}");
+    // Who loses patience does not end it for the others.
+    let drains = agent.drains("impatient").await?;
+    ensure!(
+        drains.len() == 1 && drains[0].reason.is_none(),
+        "{drains:?}"
+    );
+    ensure!(drains[0].deadline_ms > 10_000, "{drains:?}");
     Ok(())
 }
 

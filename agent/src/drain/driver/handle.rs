@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::DrainId;
 use crate::{
-    clock::BootTime,
+    clock::{BootTime, millis},
     drain::{
         policy::{DEFAULT_GRACE, Policy},
         report::{Phase, Report},
@@ -42,6 +42,17 @@ pub struct DrainsView {
     pub active: Vec<Report>,
     /// Drains that are over, newest first.
     pub finished: Vec<Arc<Report>>,
+}
+
+impl DrainsView {
+    /// The drains under way, oldest first, with the time that they have been held at `now`.
+    pub fn under_way(&self, now: BootTime) -> impl Iterator<Item = Report> {
+        let since = millis(now.since(self.at));
+        self.active.iter().map(move |report| Report {
+            held_ms: report.held_ms + since,
+            ..report.clone()
+        })
+    }
 }
 
 /// Something to tell about a drain. Each drain begins once and finishes once.

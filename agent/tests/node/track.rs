@@ -44,7 +44,22 @@ pub(crate) fn trials() -> Vec<Trial> {
             "flows_older_than_the_agent_are_inbound_count_once_and_hold",
             older_than_agent,
         ),
+        trial(
+            "an_agent_that_logs_for_its_bpf_programs_tracks_as_any_other",
+            bpf_log,
+        ),
     ]
+}
+
+/// The programs have nothing to say unless something is lost; what is proved is that they load with their log
+/// on and that it can be read beside everything else.
+async fn bpf_log(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--bpf-log"]).await?;
+    let pod = scene.serve("logged").await?;
+    let _peer = Peer::served(pod.v4(8080)?).await?;
+    let flows = agent.flows("logged").await?;
+    ensure!(flows.iter().filter(|f| f.holds).count() == 1, "{flows:?}");
+    agent.stop().await
 }
 
 type Ends = BTreeSet<(SocketAddr, SocketAddr)>;

@@ -1,6 +1,10 @@
 //! `GET /v1/wait` on the node port, the preStop hook.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{drain::report::Report, hold::wire::ReleaseReason};
@@ -9,6 +13,7 @@ use ebb_node::{
     kubelet::{Output, Pod, PodSpec, PreStop},
 };
 use libtest_mimic::Trial;
+use rustix::net::{AddressFamily, SocketType};
 use tokio::time::sleep;
 
 use crate::{
@@ -30,6 +35,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             from_the_host_network,
         ),
         trial("who_is_no_pod_of_the_node_can_not_wait", from_nobody),
+        trial(
+            "a_caller_on_the_nodes_loopback_is_not_the_pod_that_has_the_same_addresses_within",
+            from_a_double,
+        ),
         trial("a_wait_ends_when_the_caller_says_so", with_a_timeout),
         trial(
             "a_stop_after_a_pre_stop_wait_passes_at_once_and_is_the_same_drain",
@@ -139,6 +148,37 @@ async fn from_nobody(scene: Scene) -> Result<()> {
         ensure!(error.contains("no pod of this node"), "{error}");
     }
     ensure!(agent.drains("bystander").await?.is_empty());
+    Ok(())
+}
+
+/// Every namespace has a 127.0.0.1: a pod can have a connection with itself that has the four numbers of a
+/// connection between a process of the node and the agent.
+async fn from_a_double(scene: Scene) -> Result<()> {
+    let port = free_port();
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    let agent = scene.agent(&["--http", &at.to_string()]).await?;
+    let pod = scene.serve("double").await?;
+    let pid = scene.kubelet()?.pid(&pod.containers[0]).await?;
+    let within = ebb::kernel::Netns::of_process(pid)?;
+    let (_listener, double) = within.run(|| {
+        let listener = TcpListener::bind(at)?;
+        Ok((listener, TcpStream::connect(at)?))
+    })?;
+    let from = double.local_addr()?;
+    let asked = tokio::task::spawn_blocking(move || -> Result<String> {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        rustix::net::bind(&socket, &from)?;
+        rustix::net::connect(&socket, &at)?;
+        let mut caller = TcpStream::from(socket);
+        caller.set_read_timeout(Some(5 * SECOND))?;
+        caller.write_all(b"GET /v1/wait HTTP/1.1\r\nHost: ebb\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        caller.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    let answer = asked.await?.context("it waits for the pod")?;
+    ensure!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+    ensure!(agent.drains("double").await?.is_empty());
     Ok(())
 }
 

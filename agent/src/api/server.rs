@@ -5,7 +5,7 @@
 //! | `GET /v1/pods` | [`PodList`] |
 //! | `GET /v1/flows?pod=NAME&all=true` | [`FlowList`] |
 //! | `GET /v1/drains` | [`DrainList`] |
-//! | `POST /v1/release` with [`ReleaseRequest`] | 204, or 404 |
+//! | `POST /v1/release` with [`ReleaseRequest`] | 204, 404 (no such pod) or 409 (it is not draining) |
 //! | `POST /v1/holds` | see [`crate::hold::wire`] |
 //!
 //! Errors are a [`Problem`].

@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_beginning_is_removed_an_hour_after_its_deadline() {
+    fn a_beginning_is_removed_a_while_after_its_deadline() {
         let (_dir, journal) = journal();
         journal.record(&uid("a"), BEGINNING).expect("recorded");
         journal.prune(BEGINNING.deadline + KEEP).expect("pruned");

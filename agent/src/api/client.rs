@@ -4,12 +4,7 @@
 //! its connection, and the connection as long as the value that reads the reply: dropping a [`JsonLines`]
 //! closes it at once, which is how a hold is given up.
 
-use std::{
-    io,
-    marker::PhantomData,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io, marker::PhantomData, path::PathBuf, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode, header};
@@ -131,11 +126,6 @@ impl AgentClient {
         Self {
             socket: socket.into(),
         }
-    }
-
-    /// The agent's socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// `GET path`, the reply read as one JSON value. Fails after 10 s.

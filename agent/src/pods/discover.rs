@@ -45,20 +45,6 @@ pub struct Node {
     pub cgroup_root: PathBuf,
 }
 
-impl Node {
-    /// The node whose host network this process shares, with the usual mounts.
-    ///
-    /// # Errors
-    /// If `/proc/self/ns/net` can't be read.
-    pub fn of_this_process() -> io::Result<Self> {
-        Ok(Self {
-            host_netns: netns_inode(Path::new("/proc/self/ns/net"))?,
-            proc: "/proc".into(),
-            cgroup_root: "/sys/fs/cgroup".into(),
-        })
-    }
-}
-
 /// Lists the pods of a node. Remembers what does not change in a sandbox's or a container's life, so that
 /// in the normal case a look costs the runtime two calls.
 #[derive(Debug)]

@@ -199,11 +199,6 @@ impl Kube {
         }
     }
 
-    /// The client, for other uses of the API server; `None` if there is none.
-    pub fn client(&self) -> Option<&Client> {
-        self.client.as_ref()
-    }
-
     /// The pods as the watch tells them.
     pub fn pods(&self) -> watch::Receiver<Arc<KubePods>> {
         self.pods.clone()

@@ -1,11 +1,8 @@
 //! The shared way to the pods: one look at the runtime at a time, for all who need one, and none unasked.
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use tokio::sync::{Mutex, watch};
@@ -60,19 +57,9 @@ impl Pods {
         self.cri.runtime()
     }
 
-    /// The runtime's socket.
-    pub fn socket(&self) -> &Path {
-        self.cri.path()
-    }
-
     /// The pods as they were at the last successful look; empty before the first.
     pub fn latest(&self) -> Arc<PodTable> {
         self.latest.borrow().clone()
-    }
-
-    /// Follows the tables as they are made.
-    pub fn subscribe(&self) -> watch::Receiver<Arc<PodTable>> {
-        self.latest.subscribe()
     }
 
     /// The pods as they are now: by a look that began after this call. Callers that wait at the same time

@@ -3,12 +3,24 @@
 //! (`bpf_ktime_get_boot_ns`).
 
 use std::{
+    fs, io,
     ops::Add,
     time::{Duration, SystemTime},
 };
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+
+/// Identifies this boot of the kernel (`random(4)`): what is of another one, times included, says nothing.
+///
+/// # Errors
+///
+/// The kernel does not tell.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
+}
 
 /// A moment on the boot-time clock, in nanoseconds since boot.
 #[derive(
@@ -38,6 +50,19 @@ impl BootTime {
     /// Time from `earlier` until this moment; zero if `earlier` is later.
     pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
+    /// The moment so long before this one; the boot, if that was later.
+    pub const fn before(self, d: Duration) -> Self {
+        let nanos = d.as_nanos();
+        if nanos > self.0 as u128 {
+            return Self(0);
+        }
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "it is no more than the moment's own"
+        )]
+        Self(self.0 - nanos as u64)
     }
 
     /// This moment as wall-clock time, by today's difference between the two clocks.

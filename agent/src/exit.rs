@@ -3,8 +3,13 @@
 use std::{error::Error, io, process::ExitCode};
 
 use crate::{
-    api::client::AgentError, hold::cri_proxy::listen::ListenError, kernel::KernelError,
-    pods::cri::CriError, start::StartError,
+    api::client::AgentError,
+    host::{doctor::Failing, install::InstallError},
+    kernel::KernelError,
+    listen::ListenError,
+    pods::cri::CriError,
+    run_dir::RunDirError,
+    start::StartError,
 };
 
 /// For `ebb --help` and the README.
@@ -20,7 +25,9 @@ Exit status:
    7  an address, a socket path or the run directory can't be had
    8  another ebb runs here already
    9  the agent can't be reached
-  10  no such pod, more than one, or none that drains";
+  10  no such pod, more than one, or none that drains
+  11  ebb doctor found something that fails
+  12  install-cri or uninstall-cri changed nothing more: the reason is said";
 
 /// The exit status for an error: of the first cause in its chain that has one.
 pub fn code(error: &anyhow::Error) -> ExitCode {
@@ -33,18 +40,22 @@ fn status(cause: &(dyn Error + 'static)) -> Option<u8> {
             StartError::Cri(e) => Some(cri(e)),
             StartError::Kernel(e) => Some(kernel(e)),
             StartError::Listen(e) => Some(listen(e)),
-            StartError::AlreadyRunning { .. } => Some(8),
-            StartError::RunDir { source, .. } if is_permission(source) => Some(3),
-            StartError::RunDir { .. } | StartError::Port { .. } => Some(7),
+            StartError::RunDir(e) => Some(run_dir(e)),
+            StartError::Port { .. } => Some(7),
             StartError::Kube(_) => None,
         };
+    }
+    if cause.is::<Failing>() {
+        return Some(11);
     }
     cause
         .downcast_ref()
         .map(listen)
+        .or_else(|| cause.downcast_ref().map(run_dir))
         .or_else(|| cause.downcast_ref().map(cri))
         .or_else(|| cause.downcast_ref().map(kernel))
         .or_else(|| cause.downcast_ref().and_then(agent))
+        .or_else(|| cause.downcast_ref().and_then(install))
 }
 
 fn cri(e: &CriError) -> u8 {
@@ -61,6 +72,14 @@ fn kernel(e: &KernelError) -> u8 {
         KernelError::NoBtf { .. } | KernelError::NoField { .. } | KernelError::Refused { .. } => 4,
         KernelError::Io { source, .. } if is_permission(source) => 3,
         KernelError::Io { .. } => 1,
+    }
+}
+
+fn run_dir(e: &RunDirError) -> u8 {
+    match e {
+        RunDirError::Taken { .. } => 8,
+        RunDirError::Unusable { source, .. } if is_permission(source) => 3,
+        RunDirError::Unusable { .. } => 7,
     }
 }
 
@@ -85,6 +104,19 @@ fn agent(e: &AgentError) -> Option<u8> {
     }
 }
 
+fn install(e: &InstallError) -> Option<u8> {
+    match e {
+        InstallError::Refused(_) | InstallError::Conflict(_) => Some(12),
+        InstallError::Io { source, .. } if is_permission(source) => Some(3),
+        // The cause says more.
+        InstallError::Io { .. } | InstallError::Systemctl { .. } | InstallError::NoAnswer(_) => {
+            None
+        }
+        // Boxed, so it is not seen in the chain.
+        InstallError::Unfinished(why) => install(why),
+    }
+}
+
 fn is_permission(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::PermissionDenied
 }
@@ -98,7 +130,7 @@ mod tests {
         let not_permitted = || anyhow::Error::from(KernelError::NotPermitted);
         assert_eq!(code(&not_permitted()), ExitCode::from(3));
         assert_eq!(code(&not_permitted().context("x")), ExitCode::from(3));
-        let running = StartError::AlreadyRunning { lock: "/x".into() };
+        let running = StartError::from(RunDirError::Taken { lock: "/x".into() });
         assert_eq!(code(&running.into()), ExitCode::from(8));
         assert_eq!(code(&anyhow::anyhow!("x")), ExitCode::from(1));
     }

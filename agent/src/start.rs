@@ -1,43 +1,39 @@
 //! The agent's life, from start to stop.
 
-use std::{
-    fs::{DirBuilder, File},
-    io,
-    net::SocketAddr,
-    os::unix::fs::DirBuilderExt as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use rustix::fs::{FlockOperation, flock};
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     agent::Agent,
     api::server,
-    drain::{
-        driver::{Drains, Kernel, LookError},
-        journal::Journal,
-        policy::Policy,
-    },
-    flow::Flow,
+    audits::{self, Audits},
+    clock::BootTime,
+    drain::{driver::Drains, journal::Journal, policy::Policy},
     hold::{
-        cri_proxy::listen::{self, ListenError, SocketFile},
+        caller::Lookups,
         judge::Judge,
+        judgements::Judgements,
         node_port,
+        pod_port::{self, Warnings},
+        shares::Shares,
+        wait::WAITS_PER_POD,
     },
-    ids::SocketCookie,
-    kernel::{self, KernelError, Look, Tracker},
+    kernel::{self, KernelError, KubeletCgroup, Tracker},
+    limits,
+    listen::{self, ListenError, SocketFile},
+    memory,
     pods::{
-        Scope,
+        changes::{self, Changes},
         cri::{Cri, CriError},
         discover::Node,
         kube::{Kube, KubeError, KubeMode},
+        kubepods::Kubepods,
         service::Pods,
     },
-    report::{metrics::Metrics, tell, text::one_line},
+    report::{events::Events, metrics::Metrics, policies, tell::Teller, text::one_line},
+    run_dir::{RunDir, RunDirError},
 };
 
 /// How the agent is to run.
@@ -51,6 +47,8 @@ pub struct Config {
     pub http: Vec<SocketAddr>,
     /// The mount of cgroup v2.
     pub cgroup_root: PathBuf,
+    /// The cgroup that the kubelet dials from, below that mount; looked for if not given.
+    pub kubelet_cgroup: Option<PathBuf>,
     /// Whether to use the API server.
     pub kube: KubeMode,
     /// This node's name in the cluster.
@@ -78,20 +76,9 @@ pub enum StartError {
     /// The agent's own socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// Another agent has the run directory.
-    #[error("another ebb agent runs on this node already (it holds {}): stop that one first", lock.display())]
-    AlreadyRunning {
-        /// The lock file.
-        lock: PathBuf,
-    },
-    /// The run directory is no good.
-    #[error("can't use the run directory {}: {source}; make it writable for root, or choose another with --run-dir", path.display())]
-    RunDir {
-        /// The directory or a file in it.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
     /// A port can't be had.
     #[error("can't listen on {address}: {source}; choose another with --http")]
     Port {
@@ -102,44 +89,18 @@ pub enum StartError {
     },
 }
 
-impl Kernel for Tracker {
-    async fn look(&self, scope: &Scope) -> Result<Look, LookError> {
-        Self::look(self, scope).await.map_err(look_error)
-    }
-
-    async fn close_idle(
-        &self,
-        scope: &Scope,
-        idle: Vec<Flow>,
-    ) -> Result<Vec<SocketCookie>, LookError> {
-        Self::close_idle(self, scope, idle)
-            .await
-            .map_err(look_error)
-    }
-
-    fn watch(&self, scope: &Scope) -> Result<(), LookError> {
-        Self::watch(self, scope).map_err(look_error)
-    }
-
-    fn unwatch(&self, scope: &Scope) {
-        Self::unwatch(self, scope);
-    }
-}
-
-fn look_error(e: io::Error) -> LookError {
-    LookError(e.to_string())
-}
-
 /// A started agent. Dropping it releases what it holds and detaches the BPF programs.
 pub struct Running {
     agent: Arc<Agent>,
+    changes: Arc<Changes>,
+    _telling: AbortOnDropHandle<()>,
+    auditing: AbortOnDropHandle<()>,
     /// Ends with the drains.
     teller: JoinHandle<()>,
     ports: Vec<TcpListener>,
     socket: tokio::net::UnixListener,
     socket_file: Option<SocketFile>,
-    /// Held for as long as the agent runs.
-    _lock: File,
+    run_dir: RunDir,
 }
 
 /// Starts the agent: everything that can be refused is asked for first, the kernel last, so that a failed
@@ -149,9 +110,13 @@ pub struct Running {
 ///
 /// See [`StartError`].
 pub async fn start(config: Config) -> Result<Running, StartError> {
-    let lock = lock(&config.run_dir)?;
+    memory::map_large();
+    let run_dir = RunDir::take(&config.run_dir)?;
+    // Pods with a wait port take two descriptors each.
+    limits::raise_open_files();
     let cri = Cri::connect(&config.cri_socket).await?;
-    let kube = Kube::start(config.kube, config.node_name.as_deref()).await?;
+    let changes = Arc::<Changes>::default();
+    let kube = Kube::start(config.kube, config.node_name.as_deref(), &changes).await?;
     let mut ports = Vec::new();
     for address in config.http {
         ports.push(
@@ -160,11 +125,19 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
                 .map_err(|source| StartError::Port { address, source })?,
         );
     }
-    let listening = listen::bind(&socket_path(&config.run_dir)).await?;
+    let listening = listen::bind(&run_dir.socket()).await?;
     let (tracker, events) = Tracker::start(kernel::Options {
         bpf_log: config.bpf_log,
+        kubelet: Some(KubeletCgroup {
+            root: config.cgroup_root.clone(),
+            named: config.kubelet_cgroup,
+        }),
+        cgroup_root: Some(config.cgroup_root.clone()),
+        earlier: Some(run_dir.flows()),
     })?;
-    let journal = journal(&config.run_dir);
+    let journal = journal(&run_dir);
+    let kubepods = Kubepods::new(config.cgroup_root.clone());
+    let telling = tokio::spawn(changes::of_runtime(cri.clone(), Arc::clone(&changes)));
     let pods = Pods::new(
         cri,
         Node {
@@ -176,7 +149,20 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let (notices, heard) = mpsc::unbounded_channel();
     let drains = Drains::spawn(Arc::new(tracker.clone()), events, journal, notices);
     let metrics = Arc::new(Metrics::default());
-    let teller = tokio::spawn(tell::tell(heard, Arc::clone(&metrics)));
+    let events = match (kube.client(), &config.node_name) {
+        (Some(client), Some(node)) => Events::start(client.clone(), node, Arc::clone(&metrics)),
+        _ => Events::off(),
+    };
+    let told = Teller::new(Arc::clone(&metrics), events);
+    let policies = policies::follow(kube.pods(), config.policy.clone(), {
+        let told = told.clone();
+        move |news| told.tell(news)
+    });
+    tokio::spawn(policies);
+    let audits = Arc::new(Audits::counted_in(Arc::clone(&metrics)));
+    let over = audits::after(Arc::clone(&audits), &pods);
+    let auditing = tokio::spawn(audits::make(audits, tracker.clone(), drains.clone()));
+    let teller = tokio::spawn(told.clone().follow(heard, over));
     // The runtime answered a moment ago, so it may again: pods are looked up when somebody asks.
     match tokio::time::timeout(FIRST_LIST_WITHIN, pods.refresh()).await {
         Ok(Ok(_)) => {}
@@ -190,38 +176,51 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
             kube,
             drains,
             judge: Judge::new(config.hold_unknown),
+            lookups: Lookups::new(kubepods),
+            waits: Arc::new(Shares::new(WAITS_PER_POD)),
+            wait_port_warnings: Warnings::default(),
+            teller: told,
+            judgements: Judgements::default(),
+            started: BootTime::now(),
             metrics,
             policy: config.policy,
         }),
+        changes,
+        _telling: AbortOnDropHandle::new(telling),
+        auditing: AbortOnDropHandle::new(auditing),
         teller,
         ports,
         socket: listening.listener,
         socket_file: listening.file,
-        _lock: lock,
+        run_dir,
     })
-}
-
-/// The agent's unix socket in a run directory.
-pub fn socket_path(run_dir: &Path) -> PathBuf {
-    run_dir.join("agent.sock")
 }
 
 /// How long the start waits for the first list of pods.
 const FIRST_LIST_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long requests may take to end when the agent stops: held calls are answered, then cut.
-const STOP_WITHIN: Duration = Duration::from_secs(2);
+pub const STOP_WITHIN: Duration = Duration::from_secs(2);
+
+/// How much of it writing down the open flows may take.
+const REMEMBER_WITHIN: Duration = Duration::from_millis(500);
+
+/// How much of it the last Events may take.
+const EVENTS_WITHIN: Duration = Duration::from_secs(1);
 
 impl Running {
     /// Serves until `stop`, then releases all holds and ends.
     pub async fn serve(self, stop: CancellationToken) {
         let Self {
             agent,
+            changes,
+            _telling,
+            auditing,
             teller,
             ports,
             socket,
             socket_file,
-            _lock,
+            run_dir,
         } = self;
         tracing::info!(
             runtime = agent.pods.runtime(),
@@ -233,12 +232,34 @@ impl Running {
         for port in ports {
             servers.spawn(node_port::serve(port, Arc::clone(&agent), stop.clone()));
         }
+        let waits = pod_port::serve(Arc::clone(&agent), Arc::clone(&changes), stop.clone());
+        servers.spawn(waits);
+        let looking = {
+            let agent = Arc::clone(&agent);
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                changes::follow(&agent.pods, &changes).await;
+            }))
+        };
         stop.cancelled().await;
+        drop((looking, auditing));
         agent.drains.shutdown();
         let ended = tokio::time::timeout(STOP_WITHIN, async {
-            while servers.join_next().await.is_some() {}
-            // The last reports are the ones of the holds that were just released.
-            let _ = teller.await;
+            let told = async {
+                // The last reports are the ones of the holds that were just released.
+                let _ = teller.await;
+                agent.teller.written(EVENTS_WITHIN).await;
+            };
+            let served = async { while servers.join_next().await.is_some() {} };
+            let remembered = async {
+                if let Err(e) = agent
+                    .tracker
+                    .remember(run_dir.flows(), REMEMBER_WITHIN)
+                    .await
+                {
+                    tracing::warn!("can't write down since when flows are open: {e}");
+                }
+            };
+            tokio::join!(told, served, remembered);
         });
         if ended.await.is_err() {
             tracing::warn!("some requests did not end in time and were cut");
@@ -248,29 +269,9 @@ impl Running {
     }
 }
 
-/// Takes the run directory for this agent alone.
-fn lock(run_dir: &Path) -> Result<File, StartError> {
-    let fault = |path: &Path, source: io::Error| StartError::RunDir {
-        path: path.to_owned(),
-        source,
-    };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(run_dir)
-        .map_err(|e| fault(run_dir, e))?;
-    let path = run_dir.join("agent.lock");
-    let file = File::create(&path).map_err(|e| fault(&path, e))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::AlreadyRunning { lock: path }),
-        Err(e) => Err(fault(&path, e.into())),
-    }
-}
-
 /// The journal is worth a warning, never a failed start.
-fn journal(run_dir: &Path) -> Option<Journal> {
-    Journal::open(run_dir.join("journal"))
+fn journal(run_dir: &RunDir) -> Option<Journal> {
+    Journal::open(run_dir.journal())
         .inspect_err(|e| tracing::warn!("{e}; holds will not survive a restart of the agent"))
         .ok()
 }

@@ -7,10 +7,10 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_boot_ns, generated::bpf_sk_storage_get},
 };
 use ebb_common::{
-    FlowRecord, LOST_STORAGE, LOST_WORKLOAD, ROLE_INBOUND, Workload, WorkloadKey, is_flow,
+    Correction, FlowRecord, LOST_STORAGE, LOST_WORKLOAD, Workload, WorkloadKey, is_counted,
 };
 
-use crate::maps::{FLOWS, LOST, WORKLOADS};
+use crate::maps::{FLOWS, LAST_LOST, LOST, WORKLOADS};
 
 /// The record of a socket, if it has one.
 ///
@@ -21,14 +21,34 @@ pub(crate) fn record<'a>(sk: *const c_void) -> Option<&'a mut FlowRecord> {
     storage(sk, ptr::null_mut(), 0)
 }
 
-/// Gives a socket a record. `None`, and counted as a loss, if the kernel has no memory for it.
+/// Gives a socket a record. `None` if the kernel has no memory for it.
+///
+/// Where somebody else's storage of this socket is being freed at the same moment (an agent that has just ended), the
+/// kernel says EAGAIN (`bpf_local_storage_update` in kernel/bpf/bpf_local_storage.c): a second try finds that done.
 #[inline(always)]
 pub(crate) fn create<'a>(sk: *const c_void, mut first: FlowRecord) -> Option<&'a mut FlowRecord> {
-    let made = storage(sk, &raw mut first, u64::from(BPF_SK_STORAGE_GET_F_CREATE));
-    if made.is_none() {
+    let create = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
+    match storage(sk, &raw mut first, create) {
+        None => storage(sk, &raw mut first, create),
+        created => created,
+    }
+}
+
+/// Counts a socket that could not be given a record, once for both copies of the tracker. The `first` copy counts in any
+/// case; the other one does where the first was passed over (see `track`), which shows by that it has not noted this
+/// socket just before on this CPU.
+#[inline(always)]
+pub(crate) fn unrecorded(sk: *const c_void, first: bool) {
+    let Some(last) = LAST_LOST.get_ptr_mut(0) else {
+        return;
+    };
+    let this = sk.addr() as u64;
+    // SAFETY: a map value, this CPU's own.
+    if first || unsafe { *last } != this {
         lost(LOST_STORAGE);
     }
-    made
+    // SAFETY: as above.
+    unsafe { *last = this };
 }
 
 #[inline(always)]
@@ -49,7 +69,7 @@ fn storage<'a>(
 /// Brings the counters in line with the socket's new state. All that counts passes here.
 #[inline(always)]
 pub(crate) fn moved_to(record: &mut FlowRecord, state: u8) {
-    let is = is_flow(record.role, state);
+    let is = is_counted(record.role, state);
     let was = record.counted != 0;
     if is == was {
         return;
@@ -58,25 +78,38 @@ pub(crate) fn moved_to(record: &mut FlowRecord, state: u8) {
         record.opened_at = now();
     }
     let Some(workload) = workload(&record.key) else {
-        lost(LOST_WORKLOAD);
+        // Each further change tries again; the loss is one.
+        if record.lost == 0 {
+            record.lost = 1;
+            lost(LOST_WORKLOAD);
+        }
         return;
     };
     // SAFETY: a map value, valid while the program runs; shared with other CPUs, hence the atomics.
     let workload = unsafe { &*workload };
-    let (counter, total) = if record.role == ROLE_INBOUND {
-        (&raw const workload.inbound, true)
-    } else {
-        (&raw const workload.outbound, false)
-    };
     if is {
         record.counted = 1;
-        add(counter, 1);
-        if total {
-            increment(&raw const workload.inbound_total);
-        }
+        record.lost = 0;
+        add(&raw const workload.inbound, 1);
+        increment(&raw const workload.inbound_total);
     } else {
         record.counted = 0;
-        add(counter, -1);
+        add(&raw const workload.inbound, -1);
+    }
+}
+
+/// Adds what an audit found missing. Counts made meanwhile on other CPUs are not lost.
+#[inline(always)]
+pub(crate) fn correct(by: &Correction) {
+    let key = WorkloadKey {
+        cgroup: by.cgroup,
+        netns: by.netns,
+        zero: 0,
+    };
+    if let Some(workload) = workload(&key) {
+        // SAFETY: a map value, valid while the program runs; shared with other CPUs, hence the atomics.
+        let workload = unsafe { &*workload };
+        add(&raw const workload.inbound, by.inbound);
     }
 }
 
@@ -88,7 +121,6 @@ fn workload(key: &WorkloadKey) -> Option<*mut Workload> {
             key,
             Workload {
                 inbound: 0,
-                outbound: 0,
                 inbound_total: 0,
             },
             u64::from(BPF_NOEXIST),
@@ -121,11 +153,11 @@ fn increment(counter: *const u64) {
 /// `core::sync::atomic` has no read-modify-write on the BPF target, the intrinsic below it has.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
-fn add(counter: *const i64, n: i64) {
+pub(crate) fn add(counter: *const i64, n: i64) {
     use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
     // SAFETY: an aligned field of a map value; all writers are atomic.
     unsafe { atomic_xadd::<i64, i64, { Relaxed }>(counter.cast_mut(), n) };
 }
 
 #[cfg(not(target_arch = "bpf"))]
-fn add(_: *const i64, _: i64) {}
+pub(crate) fn add(_: *const i64, _: i64) {}

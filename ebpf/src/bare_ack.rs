@@ -28,7 +28,7 @@ unsafe extern "C" fn bare_ack(ctx: *const IterTcp) -> i32 {
         return 0;
     };
     let sock = Sock(sk);
-    if sock.state() == Some(ESTABLISHED)
+    if sock.state() == ESTABLISHED
         && sock.received_up_to().is_some()
         && sock.received_up_to() == sock.window_updated_by()
     {

@@ -36,17 +36,29 @@ pub(crate) unsafe fn socket(ctx: *const IterTcp) -> Option<*const c_void> {
     (!sk.is_null()).then_some(sk)
 }
 
-/// Appends to what the reader of the iterator gets.
+/// Whether the walk has come to its end, where the kernel calls once more, without a socket.
 ///
 /// # Safety
 ///
 /// `ctx` is the program's own context.
 #[inline(always)]
-pub(crate) unsafe fn write<T: Copy>(ctx: *const IterTcp, what: T) {
+pub(crate) unsafe fn is_over(ctx: *const IterTcp) -> bool {
+    // SAFETY: the kernel passes a valid context.
+    unsafe { (*ctx).sk_common }.is_null()
+}
+
+/// Appends to what the reader of the iterator gets. `false` if it does not fit: the kernel then calls again for
+/// this socket.
+///
+/// # Safety
+///
+/// `ctx` is the program's own context.
+#[inline(always)]
+pub(crate) unsafe fn write<T: Copy>(ctx: *const IterTcp, what: T) -> bool {
     // SAFETY: the kernel passes a valid context.
     let meta = unsafe { (*ctx).meta };
     // SAFETY: and valid metadata in it.
     let seq = unsafe { (*meta).seq };
-    // SAFETY: a value on the stack. If it does not fit, the kernel calls again for this socket.
-    unsafe { bpf_seq_write(seq.cast(), (&raw const what).cast(), size_of::<T>() as u32) };
+    // SAFETY: a value on the stack.
+    unsafe { bpf_seq_write(seq.cast(), (&raw const what).cast(), size_of::<T>() as u32) == 0 }
 }

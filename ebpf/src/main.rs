@@ -1,7 +1,8 @@
 //! ebb's BPF programs: who has which TCP connections open.
 //!
 //! [`track`] runs at each TCP state change and nowhere else; [`seed`] walks the sockets that are older than
-//! the agent through the same accounting. Nothing is on the data path.
+//! the agent through the same accounting, [`audit`] compares all sockets with it, and [`remember`] tells what the next
+//! agent is to know of them. Nothing is on the data path, but [`deaf`] at connections that are being closed.
 
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", no_main)]
@@ -13,9 +14,13 @@
 )]
 
 mod account;
+mod audit;
 mod bare_ack;
+mod deaf;
 mod iter;
 mod maps;
+mod probe;
+mod remember;
 mod seed;
 mod sock;
 mod track;

@@ -1,6 +1,8 @@
 //! `cargo xtask`: everything one does with this repository besides `cargo build`.
 
+mod bench;
 mod demo;
+mod dist;
 mod licences;
 mod lint;
 mod preflight;
@@ -31,17 +33,23 @@ enum Verb {
     Setup,
     /// Show the main job on a real containerd: a pod stopped without ebb and with it.
     Demo(demo::Options),
+    /// Measure what ebb costs, each figure beside its baseline of the same run.
+    Bench(bench::Options),
     /// Pass all checks and tests. Takes test name filters.
     Test(test::Options),
+    /// Build the static binary and the image around it.
+    Dist(dist::Options),
     /// Check format, clippy and licences.
     Lint,
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
-        Verb::Setup => setup::ensure(),
+        Verb::Setup => setup::for_tests::ensure(),
         Verb::Demo(options) => demo::demo(&options),
+        Verb::Bench(options) => bench::bench(&options),
         Verb::Test(options) => test::test(&options),
+        Verb::Dist(options) => dist::dist(&options),
         Verb::Lint => lint::check(),
     };
     match result {

@@ -1,7 +1,9 @@
 //! Installing what is missing: a compiler for the BPF programs, a linker for them, Debian's runtime parts.
 //!
-//! Packages with a service in them (containerd, nginx) are unpacked below the target directory and not
+//! Packages with a service in them (containerd, nginx, PostgreSQL, Redis) are unpacked below the target directory and not
 //! installed: nothing is started on this machine, and one's own containerd is not touched.
+
+pub(crate) mod for_tests;
 
 use std::{fs, path::Path};
 
@@ -26,6 +28,19 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libpcre2-8-0", "nginx"),
     ("libssl3", "nginx"),
     ("zlib1g", "nginx"),
+    ("libgssapi-krb5-2", "PostgreSQL"),
+    ("libicu72", "PostgreSQL"),
+    ("libldap-2.5-0", "PostgreSQL"),
+    ("liblz4-1", "PostgreSQL"),
+    ("libpam0g", "PostgreSQL"),
+    ("libpq5", "PostgreSQL"),
+    ("libxml2", "PostgreSQL"),
+    ("libzstd1", "PostgreSQL"),
+    ("tzdata", "PostgreSQL"),
+    ("libatomic1", "Redis"),
+    ("libjemalloc2", "Redis"),
+    ("liblzf1", "Redis"),
+    ("libsystemd0", "PostgreSQL and Redis"),
 ];
 
 /// Debian's Rust compiler with sources of `core`, for a machine whose rustup can't have them.
@@ -44,6 +59,28 @@ const PARTS: &[(&str, &str)] = &[
     ("containernetworking-plugins", "usr/lib/cni/bridge"),
     ("nginx", "usr/sbin/nginx"),
     ("nginx-common", "etc/nginx/mime.types"),
+    ("iptables", "usr/sbin/xtables-legacy-multi"),
+    ("libxtables12", "usr/share/doc/libxtables12/copyright"),
+    ("libip4tc2", "usr/share/doc/libip4tc2/copyright"),
+    ("libip6tc2", "usr/share/doc/libip6tc2/copyright"),
+    ("postgresql-15", "usr/lib/postgresql/15/bin/postgres"),
+    // The server is another name of a program in the tools.
+    ("redis-tools", "usr/bin/redis-check-rdb"),
+    ("redis-server", "usr/bin/redis-server"),
+    // To check the units with, and to start the proxy as they would; nothing of it runs as a service.
+    ("systemd", "usr/bin/systemd-analyze"),
+    (
+        "libsystemd-shared",
+        "usr/share/doc/libsystemd-shared/copyright",
+    ),
+    ("libapparmor1", "usr/share/doc/libapparmor1/copyright"),
+    ("libkmod2", "usr/share/doc/libkmod2/copyright"),
+    ("buildah", "usr/bin/buildah"),
+    ("libassuan0", "usr/share/doc/libassuan0"),
+    ("libgpgme11", "usr/share/doc/libgpgme11"),
+    ("libsubid4", "usr/share/doc/libsubid4"),
+    ("wrk", "usr/bin/wrk"),
+    ("libluajit-5.1-2", "usr/share/doc/libluajit-5.1-2/copyright"),
 ];
 
 /// Installs what is missing, naming it first. Does nothing, fast, where nothing is.
@@ -69,7 +106,7 @@ pub(crate) fn ensure() -> Result<()> {
     unpack_parts()
 }
 
-/// Whether a rustup toolchain exists and has the sources of `core`. The same question as in agent/build.rs.
+/// Whether a rustup toolchain exists and has the sources of `core`. The same question as in ebpf/build.
 fn has_core_sources(toolchain: &str) -> bool {
     let sysroot = command("rustup")
         .args(["run", toolchain, "rustc", "--print", "sysroot"])

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::{
-    lint,
+    dist, lint,
     process::{become_, cargo, say},
     setup,
 };
@@ -20,9 +20,10 @@ pub(crate) struct Options {
 pub(crate) fn test(options: &Options) -> Result<()> {
     if options.filters.is_empty() {
         lint::check()?;
-    } else {
-        setup::ensure()?;
     }
+    setup::for_tests::ensure()?;
+    // The trial of deploy/daemonset.yaml runs it.
+    dist::build(true)?;
     say("all tests: unit tests, and integration tests on the running kernel and a real containerd");
     let mut test = cargo();
     test.args(["test", "--workspace", "--locked", "--no-fail-fast"]);

@@ -162,6 +162,20 @@ impl AgentClient {
         self.lines(Method::POST, path, to_json(path, body)?).await
     }
 
+    /// `GET path`, the whole reply as it is. Fails after 10 s.
+    pub async fn get_text(&self, path: &str) -> Result<String, AgentError> {
+        let reply = async {
+            let bytes = self.bytes(Method::GET, path, Bytes::new()).await?;
+            String::from_utf8(bytes.into()).map_err(|e| AgentError::BadReply {
+                path: path.to_owned(),
+                source: e.into(),
+            })
+        };
+        timeout(REPLY, reply)
+            .await
+            .unwrap_or_else(|_| Err(self.timeout("answer", REPLY)))
+    }
+
     async fn whole<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -169,19 +183,7 @@ impl AgentClient {
         body: Bytes,
     ) -> Result<T, AgentError> {
         let reply = async {
-            let (reply, _connection) = self.send(method, path, body).await?;
-            let bytes = Limited::new(reply.into_body(), LONGEST_REPLY)
-                .collect()
-                .await
-                .map_err(|source| {
-                    let path = path.to_owned();
-                    if source.is::<LengthLimitError>() {
-                        AgentError::BadReply { path, source }
-                    } else {
-                        AgentError::Lost { path, source }
-                    }
-                })?
-                .to_bytes();
+            let bytes = self.bytes(method, path, body).await?;
             let json = if bytes.is_empty() {
                 b"null"
             } else {
@@ -195,6 +197,21 @@ impl AgentClient {
         timeout(REPLY, reply)
             .await
             .unwrap_or_else(|_| Err(self.timeout("answer", REPLY)))
+    }
+
+    /// The whole body of a successful reply.
+    async fn bytes(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, AgentError> {
+        let (reply, _connection) = self.send(method, path, body).await?;
+        let body = Limited::new(reply.into_body(), LONGEST_REPLY).collect();
+        let body = body.await.map_err(|source| {
+            let path = path.to_owned();
+            if source.is::<LengthLimitError>() {
+                AgentError::BadReply { path, source }
+            } else {
+                AgentError::Lost { path, source }
+            }
+        })?;
+        Ok(body.to_bytes())
     }
 
     async fn lines<T: DeserializeOwned>(

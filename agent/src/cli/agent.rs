@@ -1,6 +1,11 @@
 //! `ebb agent`.
 
-use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{
+    net::{Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::{Component, Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -8,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cleanup,
     drain::policy::{self, IdleFlows, Policy, Until},
     pods::kube::KubeMode,
     start::{self, Config},
@@ -37,7 +43,8 @@ pub(super) struct Flags {
         env = "EBB_HTTP",
         value_delimiter = ',',
         default_value = "127.0.0.1:9690",
-        value_name = "ADDRESS"
+        value_name = "ADDRESS",
+        value_parser = address
     )]
     http: Vec<SocketAddr>,
     /// The mount of cgroup v2.
@@ -48,6 +55,17 @@ pub(super) struct Flags {
         value_name = "DIR"
     )]
     cgroup_root: PathBuf,
+    /// The cgroup that the kubelet dials from, as a path in cgroup v2. Without, cgroups called kubelet.service or
+    /// kubelet are looked for. Everything dialled from there counts as a probe and holds nothing, so one that
+    /// the kubelet shares with other things (/system.slice/k3s.service) costs: what those send to pods directly,
+    /// an ingress run by the same service, say, is not waited for.
+    #[arg(
+        long,
+        env = "EBB_KUBELET_CGROUP",
+        value_parser = cgroup_path,
+        value_name = "PATH"
+    )]
+    kubelet_cgroup: Option<PathBuf>,
     /// Whether to watch pods at the API server.
     #[arg(long, env = "EBB_KUBE", value_enum, default_value_t)]
     kube: KubeMode,
@@ -59,9 +77,18 @@ pub(super) struct Flags {
     /// its liveness probe keeps failing for as long as its connections last, up to the deadline.
     #[arg(long, env = "EBB_HOLD_UNKNOWN")]
     hold_unknown: bool,
+    /// Let a pod whose policy names a max-hold longer than its grace period be held for that long, up to what
+    /// the kubelet waits for an answer (the grace period and 2 minutes). It costs: a pod may take longer to
+    /// end than its terminationGracePeriodSeconds says.
+    #[arg(long, env = "EBB_EXTEND")]
+    extend: bool,
     /// Log what the BPF programs have to say (rare).
     #[arg(long, env = "EBB_BPF_LOG")]
     bpf_log: bool,
+    /// Do not start: remove what an agent that was killed has left in its run directory, and say whether BPF
+    /// programs of ebb are loaded. Refused while an agent runs there.
+    #[arg(long)]
+    cleanup: bool,
     #[command(flatten)]
     policy: PolicyFlags,
 }
@@ -103,7 +130,7 @@ struct PolicyFlags {
 const SETTLE_MAX: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 * 60 * 60);
 
 /// Reads durations of this range, which is that of the annotation of the same name.
-fn within(
+pub(super) fn within(
     range: RangeInclusive<Duration>,
 ) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync {
     move |text| {
@@ -117,7 +144,35 @@ fn within(
     }
 }
 
+/// Reads a path that stays below the root of cgroup v2, and is not the root itself, which everybody is in.
+fn cgroup_path(text: &str) -> Result<PathBuf, String> {
+    let path = Path::new(text.strip_prefix('/').unwrap_or(text));
+    let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
+    if plain && path.components().next().is_some() {
+        return Ok(Path::new("/").join(path));
+    }
+    Err("not the path of a cgroup below the root; write it as in /proc/PID/cgroup, such as /system.slice/k3s.service".into())
+}
+
+/// An address with a port. That of IPv6 may come without brackets, as `$(NODE_IP):9690` becomes on a node that has no
+/// other; what is behind the last colon is the port.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let unbracketed = || {
+        let (ip, port) = text.rsplit_once(':')?;
+        let ip: Ipv6Addr = ip.parse().ok()?;
+        Some(SocketAddr::from((ip, port.parse().ok()?)))
+    };
+    let address = text.parse().ok().or_else(unbracketed);
+    address.ok_or_else(|| "not an address with a port, such as 192.0.2.10:9690".into())
+}
+
 pub(super) async fn run(flags: Flags) -> Result<()> {
+    if flags.cleanup {
+        for line in cleanup::cleanup(&flags.run_dir)? {
+            println!("{line}");
+        }
+        return Ok(());
+    }
     let stop = stop_on_signal()?;
     let p = flags.policy;
     let config = Config {
@@ -125,6 +180,7 @@ pub(super) async fn run(flags: Flags) -> Result<()> {
         run_dir: flags.run_dir,
         http: flags.http,
         cgroup_root: flags.cgroup_root,
+        kubelet_cgroup: flags.kubelet_cgroup,
         kube: flags.kube,
         node_name: flags.node_name,
         hold_unknown: flags.hold_unknown,
@@ -137,6 +193,7 @@ pub(super) async fn run(flags: Flags) -> Result<()> {
             idle_after: p.idle_after,
             reserve: p.reserve,
             max_hold: p.max_hold,
+            extend: flags.extend,
             ..Policy::default()
         },
     };
@@ -163,4 +220,40 @@ pub(super) fn stop_on_signal() -> Result<CancellationToken> {
         cancel.cancel();
     });
     Ok(stop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_of_a_node_that_has_only_ipv6_needs_no_brackets() {
+        let v6 = Ok("[2001:db8::10]:9690".parse().unwrap());
+        assert_eq!(address("2001:db8::10:9690"), v6);
+        assert_eq!(address("[2001:db8::10]:9690"), v6);
+        assert_eq!(address("192.0.2.10:1"), Ok("192.0.2.10:1".parse().unwrap()));
+        // Written out, the port is one more group than there are.
+        let full = "2001:db8:1:2:3:4:5:6";
+        assert!(address(full).is_err() && address(&format!("{full}:80")).is_ok());
+        for bad in [
+            "",
+            "9690",
+            "192.0.2.10",
+            "node:9690",
+            "::1",
+            "2001:db8::10:70000",
+        ] {
+            assert!(address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_is_named_by_a_path_below_the_root_and_never_by_the_root() {
+        let k3s = Ok("/system.slice/k3s.service".into());
+        assert_eq!(cgroup_path("/system.slice/k3s.service"), k3s);
+        assert_eq!(cgroup_path("system.slice/k3s.service"), k3s);
+        for bad in ["", "/", "//", ".", "/..", "a/../b", "/../kubelet"] {
+            assert!(cgroup_path(bad).is_err(), "{bad}");
+        }
+    }
 }

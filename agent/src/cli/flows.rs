@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::ViewFlags;
-use crate::report::{table, view::FlowList};
+use super::{Output, ViewFlags, print, print_json};
+use crate::report::view::FlowList;
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -20,7 +20,13 @@ pub(super) struct Flags {
 pub(super) async fn run(flags: &Flags) -> Result<()> {
     let mut query = vec![("all", flags.all.to_string())];
     query.extend(flags.pod.clone().map(|pod| ("pod", pod)));
-    let path = format!("/v1/flows?{}", serde_urlencoded::to_string(query)?);
-    let list: FlowList = flags.view.agent.client().get_json(&path).await?;
-    flags.view.print(&list, table::flows)
+    let query = serde_urlencoded::to_string(query)?;
+    let client = flags.view.agent.client();
+    match flags.view.output {
+        Output::Table => print(&client.get_text(&format!("/v1/flows/table?{query}")).await?),
+        Output::Json => {
+            let list: FlowList = client.get_json(&format!("/v1/flows?{query}")).await?;
+            print_json(&list)
+        }
+    }
 }

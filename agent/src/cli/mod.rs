@@ -1,17 +1,23 @@
 //! The command line: one file per verb.
 
 mod agent;
+mod audit;
 mod cri_proxy;
+mod doctor;
 mod drains;
+mod explain;
 mod flows;
+mod install_cri;
 mod pods;
 mod release;
+mod uninstall_cri;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
+use tokio::runtime::{Builder, Runtime};
 
 use crate::{api::client::AgentClient, exit};
 
@@ -35,8 +41,18 @@ enum Verb {
     Flows(flows::Flags),
     /// List drains, under way and over, with their reports.
     Drains(ViewFlags),
+    /// Compare the counters with the kernel's own tables, and correct them.
+    Audit(audit::Flags),
     /// Release a pod's holds now.
     Release(release::Flags),
+    /// Say why the stops of a pod were held or not, and what its policy is.
+    Explain(explain::Flags),
+    /// Check whether this node is able, and whether a pod is going to lose requests anyway.
+    Doctor(doctor::Flags),
+    /// Install the CRI proxy on this host.
+    InstallCri(install_cri::Flags),
+    /// Undo what install-cri did.
+    UninstallCri(uninstall_cri::Flags),
 }
 
 impl Cli {
@@ -52,7 +68,28 @@ impl Cli {
             Verb::Pods(flags) => pods::run(&flags).await,
             Verb::Flows(flags) => flows::run(&flags).await,
             Verb::Drains(flags) => drains::run(&flags).await,
+            Verb::Audit(flags) => audit::run(&flags).await,
             Verb::Release(flags) => release::run(&flags).await,
+            Verb::Explain(flags) => explain::run(&flags).await,
+            Verb::Doctor(flags) => doctor::run(&flags).await,
+            Verb::InstallCri(flags) => install_cri::run(&flags).await,
+            Verb::UninstallCri(flags) => uninstall_cri::run(&flags),
+        }
+    }
+
+    /// The runtime for this verb. Two threads are plenty for what an agent does, and little for a node to give. The
+    /// proxy has one: a call goes through half a dozen tasks that have little to do, and waking another thread for
+    /// each costs more than all of them do. Nothing in it may block, not even the log ([`crate::log`]).
+    ///
+    /// # Errors
+    /// If the system has no thread to give, or no event queue.
+    pub fn runtime(&self) -> std::io::Result<Runtime> {
+        match self.verb {
+            Verb::CriProxy(_) => Builder::new_current_thread().enable_all().build(),
+            _ => Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build(),
         }
     }
 
@@ -103,15 +140,23 @@ enum Output {
 impl ViewFlags {
     /// Prints `document` in the wanted form.
     fn print<T: Serialize>(&self, document: &T, table: impl FnOnce(&T) -> String) -> Result<()> {
-        use std::io::Write as _;
-        let text = match self.output {
-            Output::Table => table(document),
-            Output::Json => serde_json::to_string_pretty(document)? + "\n",
-        };
-        match std::io::stdout().write_all(text.as_bytes()) {
-            // The reader (`head`, a pager) has seen enough.
-            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-            written => Ok(written?),
+        match self.output {
+            Output::Table => print(&table(document)),
+            Output::Json => print_json(document),
         }
+    }
+}
+
+fn print_json<T: Serialize>(document: &T) -> Result<()> {
+    print(&(serde_json::to_string_pretty(document)? + "\n"))
+}
+
+/// Writes to standard output.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write as _;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // The reader (`head`, a pager) has seen enough.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
     }
 }

@@ -15,11 +15,14 @@
 //! It sleeps until something arrives or a machine wants to be woken; with no drain under way it does
 //! nothing at all.
 
+mod edges;
 mod handle;
 mod kernel;
+mod lookups;
 mod memory;
 #[cfg(test)]
 mod tests;
+mod views;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -31,11 +34,13 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use self::{
     handle::{Command, HoldState, Joined, Place},
     kernel::look,
+    lookups::Lookups,
     memory::Memory,
 };
 pub use self::{
@@ -44,21 +49,21 @@ pub use self::{
 };
 use super::{
     journal::{self, Beginning, Journal},
-    machine::{Action, Event, Machine, Subject},
-    policy::PATIENCE_MARGIN,
+    machine::{Action, Ends, Event, Machine, Subject},
     report::Report,
 };
 use crate::{
     clock::BootTime,
-    flow::TcpState,
     hold::wire::ReleaseReason,
-    ids::{CgroupId, NetnsInode, PodUid},
-    kernel::{Edge, KernelEvent},
+    ids::{CgroupId, ContainerId, NetnsInode, PodUid, SandboxId, WatchId},
+    kernel::KernelEvent,
     pods::{Pod, Scope},
 };
 
 /// Drains that are over are kept for the CLI, and to answer late holds.
 const MAX_FINISHED: usize = 256;
+/// How far the news of a deletion may be behind the first hold that it led to.
+const NEWS_WITHIN: Duration = Duration::from_secs(1);
 /// Views that differ only in counts of flows are published no more often than this.
 const VIEW_PACE: Duration = Duration::from_millis(100);
 /// For how long after a release the same answer is given: StopContainer follows its preStop wait, and the
@@ -78,9 +83,30 @@ struct DrainId(u64);
 struct Active {
     pod: Arc<Pod>,
     machine: Machine,
+    /// The release of the drain that this one goes on with.
+    first_released: Option<BootTime>,
     holds: u32,
-    watched: bool,
+    /// The watch of its edges, and how many of that have been received; `None`: it is not watched.
+    watch: Option<WatchId>,
+    received: u64,
+    /// As many edges must have been received before lookups are worth something.
+    owed: Option<u64>,
+    /// It has been told that flows still arrive.
+    told_blocked: bool,
+    /// Cancelled when it is.
+    over: CancellationToken,
     state: watch::Sender<HoldState>,
+}
+
+impl Active {
+    /// What is to be remembered of it while it is under way.
+    fn beginning(&self) -> Beginning {
+        Beginning {
+            started: self.machine.started(),
+            deadline: self.machine.deadline(),
+            released: self.first_released,
+        }
+    }
 }
 
 /// A drain that is over, with what a late hold needs of it.
@@ -88,6 +114,10 @@ struct Finished {
     id: DrainId,
     deadline: BootTime,
     released: BootTime,
+    /// The sandbox that the pod had.
+    sandbox: SandboxId,
+    /// The containers that it had.
+    containers: Vec<ContainerId>,
     report: Arc<Report>,
 }
 
@@ -99,12 +129,28 @@ impl Finished {
         let by_hand = self.report.reason == Some(ReleaseReason::Manual);
         age <= SAME_ANSWER || (by_hand && age <= journal::KEEP)
     }
+
+    /// Whether this hold is for another end of the pod than this drain was: for a preStop wait runs for the restart of
+    /// a container, too. Either the pod was deleted later, or its sandbox or a container has been started since.
+    fn is_past(&self, order: &HoldOrder) -> bool {
+        let mut running = order.pod.containers.iter().filter(|c| c.running);
+        order.is_of_later_end(self.released)
+            || order.pod.sandbox != self.sandbox
+            || running.any(|c| !self.containers.contains(&c.id))
+    }
 }
 
 /// What an action of a machine led to.
 struct Answer {
     drain: DrainId,
-    event: Event,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    Event(Event),
+    Lookups(Lookups),
+    /// The edges that lookups waited for, so many in all, have had their time.
+    Overdue(u64),
 }
 
 /// All drains of the node.
@@ -127,6 +173,8 @@ pub struct Drains<K> {
     by_cgroup: HashMap<CgroupId, DrainId>,
     finished: VecDeque<Finished>,
     last_id: u64,
+    /// Lookups to be made when all edges that are here have been taken in.
+    to_look_up: Vec<(DrainId, Vec<Ends>)>,
     changed: Changed,
     published: Instant,
 }
@@ -168,6 +216,7 @@ impl<K: Kernel> Drains<K> {
             by_cgroup: HashMap::new(),
             finished: VecDeque::new(),
             last_id: 0,
+            to_look_up: vec![],
             changed: Changed::Nothing,
             published: Instant::now(),
         };
@@ -188,6 +237,11 @@ impl<K: Kernel> Drains<K> {
                         let _ = answer.send(self.hold(*order));
                     }
                     Some(Command::GiveUp(drain)) => self.give_up(drain),
+                    Some(Command::Limit(uid, limit)) => {
+                        if let Some(&drain) = self.by_uid.get(&uid) {
+                            self.limit(drain, limit);
+                        }
+                    }
                     Some(Command::Release(uid, answer)) => {
                         let drain = self.by_uid.get(&uid).copied();
                         if let Some(drain) = drain {
@@ -197,18 +251,21 @@ impl<K: Kernel> Drains<K> {
                     }
                     Some(Command::Shutdown) | None => break,
                 },
-                Some(Answer { drain, event }) = self.answers.recv() => {
+                Some(Answer { drain, outcome }) = self.answers.recv() => {
                     // A look is worth what was known when it came back: edges first.
-                    for _ in 0..self.events.len() {
-                        let event = self.events.try_recv().ok();
-                        self.kernel_event(event);
+                    self.take_in_edges();
+                    match outcome {
+                        Outcome::Event(event) => self.step(drain, event),
+                        Outcome::Lookups(lookups) => self.looked_up(drain, lookups),
+                        Outcome::Overdue(owed) => self.overdue(drain, owed),
                     }
-                    self.step(drain, event);
                 }
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
                     self.step_all(&Event::Tick);
                 }
             }
+            self.take_in_edges();
+            self.look_up();
             self.publish_if_due();
         }
         self.step_all(&Event::Shutdown);
@@ -231,8 +288,7 @@ impl<K: Kernel> Drains<K> {
         let now = BootTime::now();
         if let Some(&drain) = self.by_uid.get(uid) {
             if let Some(limit) = joining_limit(&order) {
-                self.step(drain, Event::Limit(now + limit));
-                self.remember(drain);
+                self.limit(drain, now + limit);
             }
             if let Some(active) = self.active.get_mut(&drain) {
                 active.holds += 1;
@@ -244,8 +300,9 @@ impl<K: Kernel> Drains<K> {
                 };
             }
         }
-        if let Some(over) = self.finished.iter().find(|f| f.report.pod.uid == *uid)
+        if let Some(over) = self.last_of(uid)
             && over.answers(now)
+            && !over.is_past(&order)
         {
             let state = HoldState {
                 deadline: over.deadline,
@@ -259,6 +316,11 @@ impl<K: Kernel> Drains<K> {
         self.begin(order, now)
     }
 
+    /// The last drain of this pod that is over.
+    fn last_of(&self, pod: &PodUid) -> Option<&Finished> {
+        self.finished.iter().find(|f| f.report.pod.uid == *pod)
+    }
+
     fn begin(&mut self, order: HoldOrder, now: BootTime) -> Joined {
         let HoldOrder {
             pod,
@@ -267,12 +329,17 @@ impl<K: Kernel> Drains<K> {
             ..
         } = &order;
         let uid = &pod.name.uid;
-        let (started, deadline) = match self.memory.recall(uid, now) {
+        let is_past = self.last_of(uid).is_some_and(|over| over.is_past(&order));
+        let first = self.memory.recall(uid, now).filter(|first| {
+            let released = first.released;
+            !is_past && released.is_none_or(|released| !order.is_of_later_end(released))
+        });
+        let (started, deadline) = match first {
             Some(first) => {
                 let limit = joining_limit(&order).map_or(first.deadline, |limit| now + limit);
                 (first.started.min(now), first.deadline.min(limit))
             }
-            None => (now, now + policy.deadline(order.grace, order.patience)),
+            None => (now, now + policy.deadline(order.limits())),
         };
         self.last_id += 1;
         let id = DrainId(self.last_id);
@@ -297,14 +364,19 @@ impl<K: Kernel> Drains<K> {
         let active = Active {
             pod: pod.clone(),
             machine,
+            first_released: first.and_then(|first| first.released),
             holds: 1,
-            watched: watched.is_ok(),
+            watch: watched.as_ref().ok().copied(),
+            received: 0,
+            owed: None,
+            told_blocked: false,
+            over: CancellationToken::new(),
             state,
         };
         self.active.insert(id, active);
         self.changed = Changed::Drains;
         self.remember(id);
-        self.step(id, watched.map_or_else(Event::Untracked, |()| Event::Tick));
+        self.step(id, watched.map_or_else(Event::Untracked, |_| Event::Tick));
         Joined {
             place: self.place(id),
             state: joined,
@@ -318,7 +390,7 @@ impl<K: Kernel> Drains<K> {
         }
     }
 
-    fn watch(&self, scope: &Scope) -> Result<(), String> {
+    fn watch(&self, scope: &Scope) -> Result<WatchId, String> {
         if let Scope::Untracked(why) = scope {
             return Err(why.clone());
         }
@@ -330,81 +402,23 @@ impl<K: Kernel> Drains<K> {
             .map_err(|e| format!("its connections can't be watched: {e}"))
     }
 
-    fn index(&mut self, id: DrainId, pod: &Pod) {
-        self.by_uid.insert(pod.name.uid.clone(), id);
-        match &pod.scope {
-            Scope::Netns { inode, .. } => {
-                self.by_netns.insert(*inode, id);
-            }
-            Scope::HostNetwork(cgroups) => self.by_cgroup.extend(cgroups.iter().map(|c| (*c, id))),
-            Scope::Untracked(_) => {}
+    fn remember(&mut self, id: DrainId) {
+        if let Some(active) = self.active.get(&id) {
+            let beginning = active.beginning();
+            self.memory.remember(&active.pod.name.uid, beginning);
         }
     }
 
-    fn remember(&mut self, id: DrainId) {
-        if let Some(Active { pod, machine, .. }) = self.active.get(&id) {
-            let beginning = Beginning {
-                started: machine.started(),
-                deadline: machine.deadline(),
-                released: None,
-            };
-            self.memory.remember(&pod.name.uid, beginning);
-        }
+    /// Brings a drain's end forward.
+    fn limit(&mut self, id: DrainId, limit: BootTime) {
+        self.step(id, Event::Limit(limit));
+        self.remember(id);
     }
 
     fn give_up(&mut self, id: DrainId) {
         if let Some(active) = self.active.get_mut(&id) {
             active.holds = active.holds.saturating_sub(1);
             self.changed = Changed::Drains;
-        }
-    }
-
-    fn kernel_event(&mut self, event: Option<KernelEvent>) {
-        match event {
-            Some(KernelEvent::Edge(edge)) => self.edge(&edge),
-            Some(KernelEvent::Lost) => self.step_all(&Event::Lost),
-            None => {
-                let why = "the kernel's events have ended".to_owned();
-                self.blind = Some(why.clone());
-                self.step_all(&Event::Untracked(why));
-            }
-        }
-    }
-
-    fn edge(&mut self, edge: &Edge) {
-        let drain = self
-            .by_netns
-            .get(&edge.netns)
-            .or_else(|| self.by_cgroup.get(&edge.cgroup));
-        let Some((&id, active)) = drain.and_then(|id| Some((id, self.active.get(id)?))) else {
-            return;
-        };
-        if !active.machine.policy().holds_port(edge.local.port()) || is_in_pod(&active.pod, edge) {
-            return;
-        }
-        let Edge {
-            cookie,
-            local,
-            remote,
-            at,
-            ..
-        } = *edge;
-        match (edge.from, edge.to) {
-            (TcpState::SynRecv, TcpState::Established) => {
-                self.step(
-                    id,
-                    Event::FlowOpened {
-                        cookie,
-                        local,
-                        remote,
-                        at,
-                    },
-                );
-            }
-            (_, TcpState::FinWait2 | TcpState::TimeWait | TcpState::Close) => {
-                self.step(id, Event::FlowClosed { cookie, at });
-            }
-            _ => {}
         }
     }
 
@@ -424,6 +438,14 @@ impl<K: Kernel> Drains<K> {
         if active.machine.revision() != before {
             self.changed = self.changed.max(Changed::Flows);
         }
+        if active.machine.still_arriving() && !active.told_blocked {
+            active.told_blocked = true;
+            let report = Arc::new(Report {
+                late_peers: active.machine.still_connecting(),
+                ..active.machine.report(now)
+            });
+            let _ = self.notices.send(DrainNotice::Blocked(report));
+        }
         let deadline = active.machine.deadline();
         active
             .state
@@ -435,14 +457,16 @@ impl<K: Kernel> Drains<K> {
                     look.await.map_or_else(Event::LookFailed, Event::Looked)
                 });
             }
+            Some(Action::LookUp(flows)) => self.to_look_up.push((id, flows)),
             // Nobody waits any more, so nobody says that the pod is still ending.
             Some(Action::CloseIdle(_)) if active.holds == 0 => {
                 self.answer_with(id, std::future::ready(Event::IdleClosed(vec![])));
             }
             Some(Action::CloseIdle(idle)) => {
                 let (kernel, pod) = (self.kernel.clone(), active.pod.clone());
+                let over = active.over.clone();
                 self.answer_with(id, async move {
-                    let closed = kernel.close_idle(&pod.scope, idle).await;
+                    let closed = kernel.close_idle(&pod.scope, idle, over).await;
                     Event::IdleClosed(closed.unwrap_or_else(|e| {
                         warn!(pod = %pod.name, "can't close idle flows: {e}");
                         vec![]
@@ -458,34 +482,37 @@ impl<K: Kernel> Drains<K> {
     fn answer_with(&self, drain: DrainId, event: impl Future<Output = Event> + Send + 'static) {
         let answers = self.answers_in.clone();
         tokio::spawn(async move {
-            let event = event.await;
-            let _ = answers.send(Answer { drain, event });
+            let outcome = Outcome::Event(event.await);
+            let _ = answers.send(Answer { drain, outcome });
         });
     }
 
     fn finish(&mut self, id: DrainId, now: BootTime) {
-        let Some(Active {
+        let Some(active) = self.active.remove(&id) else {
+            return;
+        };
+        // Who goes on asking does not make it the same termination for ever: the first release counts.
+        let beginning = Beginning {
+            released: active.first_released.or(Some(now)),
+            ..active.beginning()
+        };
+        self.memory.remember(&active.pod.name.uid, beginning);
+        let Active {
             pod,
             machine,
             holds,
-            watched,
+            watch,
+            over,
             state,
-        }) = self.active.remove(&id)
-        else {
-            return;
-        };
-        if watched {
+            ..
+        } = active;
+        over.cancel();
+        if watch.is_some() {
             self.kernel.unwatch(&pod.scope);
         }
         self.by_uid.retain(|_, other| *other != id);
         self.by_netns.retain(|_, other| *other != id);
         self.by_cgroup.retain(|_, other| *other != id);
-        let beginning = Beginning {
-            started: machine.started(),
-            deadline: machine.deadline(),
-            released: Some(now),
-        };
-        self.memory.remember(&pod.name.uid, beginning);
         let report = Arc::new(Report {
             holds,
             ..machine.report(now)
@@ -495,36 +522,13 @@ impl<K: Kernel> Drains<K> {
             id,
             deadline: machine.deadline(),
             released: now,
+            sandbox: pod.sandbox.clone(),
+            containers: pod.containers.iter().map(|c| c.id.clone()).collect(),
             report: report.clone(),
         });
         self.finished.truncate(MAX_FINISHED);
         self.changed = Changed::Drains;
         let _ = self.notices.send(DrainNotice::Finished(report));
-    }
-
-    fn publish_if_due(&mut self) {
-        match self.changed {
-            Changed::Nothing => {}
-            Changed::Flows if self.published.elapsed() < VIEW_PACE => {}
-            Changed::Flows | Changed::Drains => self.publish(),
-        }
-    }
-
-    fn publish(&mut self) {
-        let now = BootTime::now();
-        let active = self.active.values().map(|a| Report {
-            holds: a.holds,
-            ..a.machine.report(now)
-        });
-        let view = DrainsView {
-            version: self.view.borrow().version + 1,
-            at: now,
-            active: active.collect(),
-            finished: self.finished.iter().map(|f| f.report.clone()).collect(),
-        };
-        self.view.send_replace(Arc::new(view));
-        self.changed = Changed::Nothing;
-        self.published = Instant::now();
     }
 }
 
@@ -532,15 +536,9 @@ impl<K: Kernel> Drains<K> {
 /// that. An unknown grace period has none: the drain may know it.
 fn joining_limit(order: &HoldOrder) -> Option<Duration> {
     match order.grace {
-        Some(_) => Some(order.policy.deadline(order.grace, order.patience)),
-        None => order.patience.map(|p| p.saturating_sub(PATIENCE_MARGIN)),
+        Some(_) => Some(order.policy.deadline(order.limits())),
+        None => order.limits().longest(Duration::ZERO, false),
     }
-}
-
-/// Both ends are in the pod: its loopback, or its own address. On the host's network only a look can tell.
-fn is_in_pod(pod: &Pod, edge: &Edge) -> bool {
-    let remote = edge.remote.ip().to_canonical();
-    matches!(pod.scope, Scope::Netns { .. }) && (remote.is_loopback() || pod.ips.contains(&remote))
 }
 
 fn wall_clock(t: BootTime) -> String {

@@ -2,7 +2,13 @@
 //! on with its first deadline instead of a new one.
 //!
 //! One small JSON file per pod. Nothing is flushed to the disk by force: what a crash of the node loses is
-//! of another boot, and would not be believed anyway.
+//! of another boot, and would not be believed anyway. All times are on the boot-time clock, which nobody can
+//! set, so a wall clock that jumps changes nothing. The one clock that can disagree is that of another time
+//! namespace (`time_namespaces(7)`): what begins in the future is not believed either.
+//!
+//! A hold does not wait for its entry: a disk that hangs must not keep the agent from answering in time. An
+//! agent that is killed in the moment between the two forgets that beginning, and a stop that is repeated is
+//! held as the first one would have been had it come then. Its own timeout bounds it all the same.
 
 use std::{
     collections::HashMap,
@@ -17,14 +23,19 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
-use crate::{clock::BootTime, ids::PodUid};
+use crate::{
+    clock::{BootTime, boot_id},
+    ids::PodUid,
+};
 
-/// Identifies a boot of the kernel (`random(4)`); the boot-time clock of another boot says nothing.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// How long after its release (or its deadline, if nobody saw the release) a drain still belongs to the
 /// same termination. The kubelet retries a failed kill after 10 to 15 s. What comes later is another
 /// termination: a preStop wait runs for the restart of a container too, and the pod lives on.
-pub(super) const KEEP: Duration = Duration::from_secs(60);
+pub(super) const KEEP: Duration = if cfg!(test) {
+    Duration::from_secs(2)
+} else {
+    Duration::from_secs(60)
+};
 
 /// A beginning could not be written down or read.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +62,7 @@ pub struct Beginning {
     pub started: BootTime,
     /// The latest moment of release.
     pub deadline: BootTime,
-    /// The release, once there was one.
+    /// The first release, once there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub released: Option<BootTime>,
 }
@@ -87,19 +98,19 @@ impl Journal {
             .mode(0o700)
             .create(&dir)
             .map_err(io_error("make directory", &dir))?;
-        let boot_id = fs::read_to_string(BOOT_ID)
-            .map_err(io_error("read", Path::new(BOOT_ID)))?
-            .trim()
-            .to_owned();
+        let boot_id = boot_id().map_err(io_error("read the boot id for", &dir))?;
         Ok(Self { dir, boot_id })
     }
 
-    /// All beginnings of this boot that matter at `now`. Files of other boots, of long ago, and such as
-    /// can't be read are removed; files that are not the journal's are left alone.
+    /// All beginnings of this boot that matter at `now`. Files of other boots, of long ago, of times to come,
+    /// and such as can't be read are removed; files that are not the journal's are left alone.
     pub fn load(&self, now: BootTime) -> Result<HashMap<PodUid, Beginning>, JournalError> {
         let mut found = HashMap::new();
         for path in self.files()? {
             match self.read(&path) {
+                Ok(Some((_, beginning))) if beginning.started > now => {
+                    warn!(path = %path.display(), "removing a journal file: it begins in the future");
+                }
                 Ok(Some((uid, beginning))) if !beginning.is_over(now) => {
                     found.insert(uid, beginning);
                     continue;
@@ -313,6 +324,24 @@ mod tests {
         journal.boot_id = this_boot;
         assert!(journal.load(NOW).expect("loaded").is_empty());
         assert_eq!(names(&journal), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_beginning_in_the_future_is_not_believed() {
+        let (_dir, journal) = journal();
+        let deadline = BootTime::from_nanos(u64::MAX);
+        for (name, started) in [("now", 10), ("future", 11)] {
+            let started = BootTime::from_nanos(started);
+            let beginning = Beginning {
+                started,
+                deadline,
+                released: None,
+            };
+            journal.record(&uid(name), beginning).expect("recorded");
+        }
+        let loaded = journal.load(NOW).expect("loaded");
+        assert_eq!(loaded.keys().collect::<Vec<_>>(), [&uid("now")]);
+        assert_eq!(names(&journal), ["now.json"]);
     }
 
     #[test]

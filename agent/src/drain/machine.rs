@@ -12,10 +12,16 @@
 //! Edges are for speed: they say when it is worth looking. A drain is released as drained only by a look
 //! that shows nothing in the way, and only if no flow is known to have opened since that look was begun.
 //! What can't be seen is never taken for nothing.
+//!
+//! A look is a walk, or lookups of the few flows that matter: those believed open, and those whose end only
+//! an edge has told. Lookups build on a walk, and count only if no edge since is outstanding or lost.
 
+mod closing;
+mod due;
 mod event;
 mod flows;
 mod looks;
+mod lookups;
 #[cfg(test)]
 mod properties;
 mod tally;
@@ -24,23 +30,26 @@ mod tests;
 
 use std::{collections::HashSet, time::Duration};
 
-pub use self::event::{Action, Event, Subject};
+pub use self::event::{Action, Ends, Event, Subject};
 use self::{
+    closing::Closing,
     flows::{NEVER, OpenFlows, Opened},
     looks::Looks,
     tally::Tally,
 };
 use super::{
-    policy::{IdleFlows, Policy, Until},
-    report::{Phase, Report},
+    policy::{Policy, Until},
+    report::{LatePeer, LookKind, Phase, Report},
 };
 use crate::{
     clock::{BootTime, millis},
-    flow::{Flow, FlowState, Snapshot},
+    flow::{Flow, FlowState, Since, Snapshot},
     hold::wire::ReleaseReason,
     ids::SocketCookie,
 };
 
+/// As many flows as are looked up one by one at most; with more, a walk.
+const FEW: usize = 32;
 /// How long before the deadline to look once more, so that what is reported as cut is what is cut.
 const FINAL_LOOK: Duration = Duration::from_millis(200);
 /// How often to look while flows hold and nothing happens: for the report, and because flows that only a
@@ -48,8 +57,6 @@ const FINAL_LOOK: Duration = Duration::from_millis(200);
 const RESYNC: Duration = Duration::from_secs(5);
 /// The shortest time between two looks that wait for flows to become idle.
 const IDLE_FLOOR: Duration = Duration::from_millis(100);
-/// The shortest time between two rounds of closing idle flows.
-const CLOSE_PACE: Duration = Duration::from_millis(500);
 /// When to look again at a flow that has been quiet for long enough, but has bytes in a queue or is not
 /// accepted yet: it may become idle at any moment, without an edge.
 const IDLE_STUCK: Duration = Duration::from_secs(1);
@@ -64,6 +71,8 @@ pub struct Machine {
     phase: Phase,
     /// The last new inbound flow, or the beginning.
     last_arrival: BootTime,
+    /// Settle is over, and flows still arrive.
+    still_arriving: bool,
     /// The last moment at which a flow is known or suspected to have opened.
     last_open: Option<BootTime>,
     flows: OpenFlows,
@@ -72,10 +81,9 @@ pub struct Machine {
     /// The close edge after which nothing was in the way any more.
     emptied_by: Option<BootTime>,
     released: Option<(ReleaseReason, BootTime)>,
-    /// Idle flows that are being told to close.
-    closing: HashSet<SocketCookie>,
-    /// Those that have been: what they do now is their owner's affair.
-    told_to_close: HashSet<SocketCookie>,
+    /// The look that released it.
+    released_by: Option<LookKind>,
+    closing: Closing,
     tally: Tally,
     revision: u64,
 }
@@ -97,14 +105,15 @@ impl Machine {
             deadline,
             phase: Phase::Settle,
             last_arrival: now.max(started),
+            still_arriving: false,
             last_open: None,
             flows: OpenFlows::default(),
             looks: Looks::wanted(),
             untracked: None,
             emptied_by: None,
             released: None,
-            closing: HashSet::new(),
-            told_to_close: HashSet::new(),
+            released_by: None,
+            closing: Closing::default(),
             tally: Tally::default(),
             revision: 0,
         }
@@ -119,7 +128,7 @@ impl Machine {
         if self.released.is_some() {
             return None;
         }
-        let (mut agrees, mut looked) = (false, false);
+        let (mut agrees, mut looked) = (None, false);
         match event {
             Event::FlowOpened {
                 cookie,
@@ -138,22 +147,27 @@ impl Machine {
             }
             Event::FlowClosed { cookie, at } => self.closed(cookie, at.min(now)),
             Event::Looked(look) => {
-                agrees = self.looked(look, now);
+                self.looks.walked(now, Some(look.taken_at));
+                agrees = self.looked(look, now).then_some(LookKind::Walk);
                 looked = true;
             }
             Event::LookFailed(why) => self.look_failed(why, now),
+            Event::LookedUp(found) => {
+                looked = true;
+                agrees = self.looked_up(found, now).then_some(LookKind::Lookup);
+            }
+            Event::Outdated => self.looks.outdated(now),
+            Event::Unclear => self.looks.unclear(now),
             Event::IdleClosed(closed) => {
-                // Those that had moved may become idle once more.
-                self.closing.clear();
                 self.tally.idle_closed += u32::try_from(closed.len()).unwrap_or(u32::MAX);
-                self.told_to_close.extend(closed);
+                self.closing.ended(closed);
                 self.revision += 1;
             }
             Event::Lost => {
                 // A flow may have opened, and a look that was begun before now may have missed it.
                 self.last_arrival = now;
                 self.last_open = Some(now);
-                self.looks.wanted = true;
+                self.looks.lost(now);
             }
             Event::Untracked(why) => self.lose_sight(why),
             Event::Limit(limit) => {
@@ -167,7 +181,7 @@ impl Machine {
             Event::Tick => {}
         }
         match self.decide(agrees, now) {
-            None if looked => self.idle_to_close(),
+            None if looked => self.idle_to_close(now),
             action => action,
         }
     }
@@ -184,7 +198,8 @@ impl Machine {
         } else {
             None
         };
-        [Some(self.deadline), phase_end, self.look_due()]
+        let look = self.look_due().map(|due| due.at);
+        [Some(self.deadline), phase_end, look]
             .into_iter()
             .flatten()
             .min()
@@ -208,6 +223,20 @@ impl Machine {
     /// Why it was released, if it was.
     pub fn released(&self) -> Option<ReleaseReason> {
         self.released.map(|(reason, _)| reason)
+    }
+
+    /// Whether settle is over and flows still arrive: somebody has not heard yet that the pod is going.
+    pub fn still_arriving(&self) -> bool {
+        self.still_arriving
+    }
+
+    /// The peers that make it so: those who had not been quiet for `quiet` when settle was over, or came later.
+    pub fn still_connecting(&self) -> Vec<LatePeer> {
+        let quiet = self.policy.quiet;
+        let limit = self.settle_limit().since(BootTime::default());
+        let before_limit = BootTime::default() + limit.saturating_sub(quiet);
+        // Where settle ended before its limit, it was quiet until the last arrival.
+        self.tally.late_peers(before_limit.min(self.last_arrival))
     }
 
     /// Another number whenever the report has changed in more than its `held_ms`.
@@ -249,8 +278,12 @@ impl Machine {
             idle_closed: self.tally.idle_closed,
             cut,
             cut_total: known(cut_total),
-            late_peers: self.tally.late_peers(),
+            late_peers: self.tally.late_peers(BootTime::default()),
+            still_arriving: self.still_arriving,
             release_lag_us,
+            released_by: self.released_by,
+            walks: self.looks.walks,
+            lookups: self.looks.lookups,
             warnings: self.subject.warnings.clone(),
         }
     }
@@ -264,8 +297,9 @@ impl Machine {
             NEVER
         };
         if self.flows.opened(cookie, how, blocks_until) {
+            self.still_arriving |= self.phase == Phase::Drain && how.at >= self.settle_end();
             self.last_arrival = self.last_arrival.max(how.at);
-            self.tally.arrival(how.remote);
+            self.tally.arrival(how.remote, how.at);
             self.emptied_by = None;
             self.revision += 1;
         }
@@ -280,11 +314,11 @@ impl Machine {
         if was_blocked && !self.flows.blocked() {
             self.emptied_by = Some(at);
         }
+        self.looks.wanted |= self.flows.are_many_closed();
     }
 
     /// Takes in a look, and says whether it shows that nothing is in the way.
     fn looked(&mut self, look: Snapshot, now: BootTime) -> bool {
-        self.looks.came_back(now, true);
         if self
             .tally
             .looked_at()
@@ -319,15 +353,28 @@ impl Machine {
         let nothing_since = self.last_open.is_none_or(|opened| opened < look.taken_at);
         self.tally.look(look, now.since(self.started), self.phase);
         self.revision += 1;
-        nothing_in_the_way && nothing_since
+        nothing_in_the_way && nothing_since && changed.missed == 0
     }
 
     /// Counts the flows of a look that opened during the drain and whose edges are lost or late.
     fn late_arrivals(&mut self, look: &Snapshot) {
-        for flow in look.holding().filter(|f| !f.older_than_agent) {
-            let Some(age) = flow.age else { continue };
-            let age = u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
-            let at = BootTime::from_nanos(look.taken_at.as_nanos().saturating_sub(age));
+        let unknown = look.holding().any(|f| f.since == Since::Unknown);
+        let last = self.tally.last_look().filter(|_| unknown);
+        let seen: Option<HashSet<_>> =
+            last.map(|last| last.flows.iter().map(|f| f.cookie).collect());
+        let is_new = |cookie| seen.as_ref().is_some_and(|seen| !seen.contains(&cookie));
+        for flow in look.holding() {
+            let at = match (flow.since, flow.age) {
+                (Since::Opening, Some(age)) => {
+                    let age = u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
+                    BootTime::from_nanos(look.taken_at.as_nanos().saturating_sub(age))
+                }
+                // Its record is lost, and with it when it opened: after the look before this one.
+                (Since::Unknown, _) if is_new(flow.cookie) && !self.flows.contains(flow.cookie) => {
+                    look.taken_at
+                }
+                _ => continue,
+            };
             let how = Opened {
                 local: flow.local,
                 remote: flow.remote,
@@ -357,27 +404,8 @@ impl Machine {
         self.policy.until == Until::Idle || self.closes_idle()
     }
 
-    fn closes_idle(&self) -> bool {
-        self.policy.idle_flows == IdleFlows::Close
-    }
-
-    /// The idle flows to close now: each is told once, one round at a time. Not before the settle phase is over, because
-    /// clients that do not know better would only come back.
-    fn idle_to_close(&mut self) -> Option<Action> {
-        if self.phase != Phase::Drain || !self.closes_idle() || !self.closing.is_empty() {
-            return None;
-        }
-        let idle = self.tally.last_look().map(Snapshot::holding)?;
-        let idle: Vec<Flow> = idle
-            .filter(|f| f.state == FlowState::Idle && !self.told_to_close.contains(&f.cookie))
-            .cloned()
-            .collect();
-        self.closing.extend(idle.iter().map(|f| f.cookie));
-        (!idle.is_empty()).then_some(Action::CloseIdle(idle))
-    }
-
     fn look_failed(&mut self, why: String, now: BootTime) {
-        self.looks.came_back(now, false);
+        self.looks.walked(now, None);
         // What it was to find out is still to be found out.
         self.looks.wanted = true;
         if self.looks.given_up() {
@@ -392,7 +420,7 @@ impl Machine {
         }
     }
 
-    fn decide(&mut self, agrees: bool, now: BootTime) -> Option<Action> {
+    fn decide(&mut self, agrees: Option<LookKind>, now: BootTime) -> Option<Action> {
         if now >= self.deadline {
             return Some(self.release(ReleaseReason::Deadline, now));
         }
@@ -401,34 +429,43 @@ impl Machine {
                 .then(|| self.release(ReleaseReason::Untracked, now));
         }
         if self.phase == Phase::Settle && now >= self.settle_end() {
+            self.still_arriving = self.last_arrival > self.started
+                && self.last_arrival + self.policy.quiet > self.settle_limit();
             if self.policy.until == Until::Settled {
                 return Some(self.release(ReleaseReason::Drained, now));
             }
-            self.enter(Phase::Drain, now);
+            // The picture of this phase comes with its first look.
+            self.phase = Phase::Drain;
+            self.revision += 1;
             self.emptied_by = None;
             self.looks.wanted = true;
         }
-        if self.phase == Phase::Drain && agrees {
+        if self.phase == Phase::Drain && agrees.is_some() {
+            self.released_by = agrees;
             return Some(self.release(ReleaseReason::Drained, now));
         }
-        if self.look_due().is_some_and(|due| due <= now) {
-            self.looks.outstanding = true;
-            self.looks.wanted = false;
-            self.looks.final_asked |= now >= self.final_look();
-            return Some(Action::Look);
-        }
-        None
+        self.look_due()
+            .filter(|due| due.at <= now)
+            .map(|due| self.look(due.kind, now))
     }
 
-    fn enter(&mut self, phase: Phase, now: BootTime) {
-        self.phase = phase;
-        self.tally.change(now.since(self.started), phase);
-        self.revision += 1;
+    fn look(&mut self, kind: LookKind, now: BootTime) -> Action {
+        self.looks.outstanding = true;
+        self.looks.wanted = false;
+        if kind == LookKind::Lookup
+            && let Some(flows) = self.flows.to_look_up(FEW)
+        {
+            return Action::LookUp(flows);
+        }
+        self.looks.final_asked |= now >= self.final_look();
+        Action::Look
     }
 
     fn release(&mut self, reason: ReleaseReason, now: BootTime) -> Action {
         self.released = Some((reason, now));
-        self.enter(Phase::Released, now);
+        self.phase = Phase::Released;
+        self.tally.end_of(&self.flows, now.since(self.started));
+        self.revision += 1;
         Action::Release(reason)
     }
 
@@ -443,32 +480,6 @@ impl Machine {
     fn final_look(&self) -> BootTime {
         let before = self.deadline.since(self.started).saturating_sub(FINAL_LOOK);
         self.started + before
-    }
-
-    /// When to look next; `None` while a look is under way, and when there is no use in one.
-    fn look_due(&self) -> Option<BootTime> {
-        if self.looks.outstanding || self.untracked.is_some() {
-            return None;
-        }
-        let ended = self.looks.ended.unwrap_or(self.started);
-        let soon = self.looks.not_before().unwrap_or(self.started);
-        let due = if self.looks.wanted {
-            Some(soon)
-        } else if self.phase != Phase::Drain {
-            None
-        } else if let Some(until) = self.flows.blocked_until() {
-            // To close them, each flow counts as it becomes idle; to be drained, all of them must be.
-            let (until, floor) = if self.closes_idle() {
-                (self.flows.next_idle().unwrap_or(until), CLOSE_PACE)
-            } else {
-                (until, IDLE_FLOOR)
-            };
-            Some(until.max(ended + floor).min(ended + RESYNC))
-        } else {
-            Some(soon)
-        };
-        let last = (!self.looks.final_asked).then(|| self.final_look());
-        [due, last].into_iter().flatten().min()
     }
 }
 

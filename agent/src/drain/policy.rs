@@ -1,19 +1,18 @@
 //! What a drain waits for and for how long.
 
 pub mod annotations;
+mod limit;
 
 use std::{fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 pub use annotations::{IDLE_AFTER, MAX_HOLD, QUIET, RESERVE};
+pub use limit::{CallLimits, PATIENCE_MARGIN};
 
 /// The grace period of a pod that names none: `DefaultTerminationGracePeriodSeconds` in Kubernetes'
 /// `pkg/apis/core/v1/defaults.go` (`SetDefaults_PodSpec`).
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(30);
-
-/// What is left of a caller's own deadline for the answer to reach it and for the call to go on.
-pub const PATIENCE_MARGIN: Duration = Duration::from_secs(2);
 
 /// A word that is not one of those a setting knows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -132,10 +131,14 @@ pub struct Policy {
     pub reserve: Duration,
     /// The longest hold; `None`: as long as the grace period allows.
     pub max_hold: Option<Duration>,
+    /// A `max_hold` longer than the grace period is obeyed, as far as the caller's patience allows.
+    pub extend: bool,
     /// Only flows to these local ports hold; empty: all.
     pub ports: Vec<u16>,
     /// Flows to these local ports do not hold.
     pub ignore_ports: Vec<u16>,
+    /// Where ebb is to listen inside the pod for its preStop hook.
+    pub wait_port: Option<u16>,
 }
 
 impl Default for Policy {
@@ -149,8 +152,10 @@ impl Default for Policy {
             idle_flows: IdleFlows::Keep,
             reserve: Duration::from_secs(5),
             max_hold: None,
+            extend: false,
             ports: Vec::new(),
             ignore_ports: Vec::new(),
+            wait_port: None,
         }
     }
 }
@@ -161,43 +166,74 @@ impl Policy {
         (self.ports.is_empty() || self.ports.contains(&port)) && !self.ignore_ports.contains(&port)
     }
 
+    /// Each setting that an annotation can change: its name and its value, in words.
+    pub fn settings(&self) -> [(&'static str, String); 9] {
+        let show = |d: Duration| humantime::format_duration(d).to_string();
+        [
+            ("drain", if self.enabled { "on" } else { "off" }.into()),
+            ("until", self.until.to_string()),
+            ("quiet", show(self.quiet)),
+            ("idle-after", show(self.idle_after)),
+            ("idle-flows", self.idle_flows.to_string()),
+            ("reserve", show(self.reserve)),
+            ("max-hold", self.max_hold.map_or("none".into(), show)),
+            ("ports", annotations::show_ports(&self.ports, "all")),
+            (
+                "ignore-ports",
+                annotations::show_ports(&self.ignore_ports, "none"),
+            ),
+        ]
+    }
+
     /// What is left of a grace period of this length for the application: `reserve`, but no more than a
     /// third, so that a short grace period still leaves most of itself to the flows.
     pub fn effective_reserve(&self, grace: Duration) -> Duration {
         self.reserve.min(grace / 3)
     }
 
+    /// Whether a hold of a pod with this much grace left may last longer than that.
+    pub fn extends(&self, grace: Option<Duration>) -> bool {
+        self.extend && grace.is_some_and(|grace| self.max_hold.is_some_and(|max| max > grace))
+    }
+
     /// How long a hold may last, counted from its beginning.
     ///
-    /// `grace` is what is left of the pod's grace period, where it is known; `patience` is how long the
-    /// caller itself waits for its answer, if it says. Without a grace period, `max_hold` alone decides,
-    /// and without that a pod is taken to have [`DEFAULT_GRACE`].
-    pub fn deadline(&self, grace: Option<Duration>, patience: Option<Duration>) -> Duration {
-        let by_grace = match (grace, self.max_hold) {
-            (Some(grace), max) => {
-                let left = grace - self.effective_reserve(grace);
-                max.map_or(left, |max| left.min(max))
-            }
-            (None, Some(max)) => max,
-            (None, None) => DEFAULT_GRACE - self.effective_reserve(DEFAULT_GRACE),
+    /// Without a grace period, `max_hold` alone decides, and without that a pod is taken to have
+    /// [`DEFAULT_GRACE`].
+    pub fn deadline(&self, limits: CallLimits) -> Duration {
+        let reserve = self.effective_reserve(limits.grace.unwrap_or(DEFAULT_GRACE));
+        let wanted = match (self.max_hold, limits.grace) {
+            (Some(max), _) => max,
+            // The limit is the grace period's.
+            (None, Some(_)) => Duration::MAX,
+            (None, None) => DEFAULT_GRACE - reserve,
         };
-        patience.map_or(by_grace, |p| {
-            by_grace.min(p.saturating_sub(PATIENCE_MARGIN))
-        })
+        limits
+            .longest(reserve, self.extends(limits.grace))
+            .map_or(wanted, |longest| longest.min(wanted))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const fn secs(n: u64) -> Duration {
         Duration::from_secs(n)
     }
 
+    fn limits(grace: Option<Duration>, patience: Option<Duration>) -> CallLimits {
+        CallLimits { grace, patience }
+    }
+
     #[test]
     fn a_hold_leaves_the_reserve_of_the_grace_period() {
-        assert_eq!(Policy::default().deadline(Some(secs(60)), None), secs(55));
+        assert_eq!(
+            Policy::default().deadline(limits(Some(secs(60)), None)),
+            secs(55)
+        );
     }
 
     #[test]
@@ -207,16 +243,22 @@ mod tests {
             ..Policy::default()
         };
         assert_eq!(policy.effective_reserve(secs(30)), secs(10));
-        assert_eq!(policy.deadline(Some(secs(30)), None), secs(20));
-        assert_eq!(policy.deadline(Some(Duration::ZERO), None), Duration::ZERO);
+        assert_eq!(policy.deadline(limits(Some(secs(30)), None)), secs(20));
+        assert_eq!(
+            policy.deadline(limits(Some(Duration::ZERO), None)),
+            Duration::ZERO
+        );
     }
 
     #[test]
     fn a_hold_answers_before_its_caller_gives_up() {
         let policy = Policy::default();
-        assert_eq!(policy.deadline(Some(secs(300)), Some(secs(120))), secs(118));
         assert_eq!(
-            policy.deadline(Some(secs(300)), Some(secs(1))),
+            policy.deadline(limits(Some(secs(300)), Some(secs(120)))),
+            secs(113)
+        );
+        assert_eq!(
+            policy.deadline(limits(Some(secs(300)), Some(secs(1)))),
             Duration::ZERO
         );
     }
@@ -227,19 +269,63 @@ mod tests {
             max_hold: Some(secs(20)),
             ..Policy::default()
         };
-        assert_eq!(policy.deadline(Some(secs(60)), None), secs(20));
-        assert_eq!(policy.deadline(Some(secs(15)), None), secs(10));
+        assert_eq!(policy.deadline(limits(Some(secs(60)), None)), secs(20));
+        assert_eq!(policy.deadline(limits(Some(secs(15)), None)), secs(10));
+    }
+
+    #[test]
+    fn only_with_extend_does_max_hold_exceed_the_grace_period() {
+        let policy = |extend| Policy {
+            max_hold: Some(secs(20)),
+            extend,
+            ..Policy::default()
+        };
+        let stop = limits(Some(secs(6)), Some(secs(126)));
+        assert_eq!(policy(false).deadline(stop), secs(4));
+        assert_eq!(policy(true).deadline(stop), secs(20));
+        // A third of the grace period stays the application's own, within the caller's patience.
+        let impatient = limits(Some(secs(6)), Some(secs(16)));
+        assert_eq!(policy(true).deadline(impatient), secs(12));
+        // A preStop hook: the kubelet waits no longer than the grace period.
+        assert_eq!(policy(true).deadline(limits(Some(secs(6)), None)), secs(4));
+        // Nothing to extend.
+        let long = limits(Some(secs(60)), Some(secs(180)));
+        assert_eq!(policy(true).deadline(long), secs(20));
+        assert!(!policy(true).extends(Some(secs(60))));
+    }
+
+    proptest! {
+        #[test]
+        fn a_deadline_always_comes_before_the_caller_gives_up(
+            grace in proptest::option::of(0u64..10_000), patience in 0u64..10_000,
+            max_hold in proptest::option::of(1u64..10_000), reserve in 0u64..4_000, extend: bool,
+        ) {
+            let policy = Policy {
+                reserve: secs(reserve),
+                max_hold: max_hold.map(secs),
+                extend,
+                ..Policy::default()
+            };
+            let patience = secs(patience);
+            let deadline = policy.deadline(limits(grace.map(secs), Some(patience)));
+            let left = grace.map_or(Duration::ZERO, |g| policy.effective_reserve(secs(g)));
+            prop_assert!(deadline.is_zero() || deadline + left + PATIENCE_MARGIN <= patience);
+            prop_assert!(max_hold.is_none_or(|max| deadline <= secs(max)));
+            if let Some(grace) = grace && !policy.extends(Some(secs(grace))) {
+                prop_assert!(deadline + left <= secs(grace));
+            }
+        }
     }
 
     #[test]
     fn an_unknown_grace_period_is_taken_from_max_hold_or_the_default_of_kubernetes() {
-        assert_eq!(Policy::default().deadline(None, None), secs(25));
+        assert_eq!(Policy::default().deadline(limits(None, None)), secs(25));
         let policy = Policy {
             max_hold: Some(secs(90)),
             ..Policy::default()
         };
-        assert_eq!(policy.deadline(None, None), secs(90));
-        assert_eq!(policy.deadline(None, Some(secs(60))), secs(58));
+        assert_eq!(policy.deadline(limits(None, None)), secs(90));
+        assert_eq!(policy.deadline(limits(None, Some(secs(60)))), secs(58));
     }
 
     #[test]

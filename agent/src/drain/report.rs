@@ -1,9 +1,6 @@
 //! The report of a drain: what a user is told, and what every view is made of.
 
-use std::{
-    fmt,
-    net::{IpAddr, SocketAddr},
-};
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,25 +8,8 @@ use super::policy::Until;
 use crate::{
     flow::{FlowCounts, FlowState},
     hold::wire::ReleaseReason,
-    ids::PodUid,
+    ids::PodName,
 };
-
-/// Which pod.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PodName {
-    /// `metadata.uid`.
-    pub uid: PodUid,
-    /// `metadata.namespace`.
-    pub namespace: String,
-    /// `metadata.name`.
-    pub name: String,
-}
-
-impl fmt::Display for PodName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
 
 /// Where a drain is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -41,6 +21,16 @@ pub enum Phase {
     Drain,
     /// Over.
     Released,
+}
+
+/// How the kernel's tables were looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LookKind {
+    /// All connections of the node, to find those of the pod.
+    Walk,
+    /// Exact lookups of the few flows that matter.
+    Lookup,
 }
 
 /// One change of the drain's picture, with the flows that held at that moment.
@@ -128,13 +118,30 @@ pub struct Report {
     pub cut_total: Option<u32>,
     /// Peers that still connected, busiest first; at most 64.
     pub late_peers: Vec<LatePeer>,
+    /// Settle is over, and flows still arrived: not all have heard that the pod is going.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub still_arriving: bool,
     /// From the kernel's stamp on the last close to the release, in microseconds, where a close was what
     /// ended the drain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release_lag_us: Option<u64>,
-    /// What was wrong with the pod's annotations.
+    /// The look that released it, where one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub released_by: Option<LookKind>,
+    /// Walks that were made for it.
+    #[serde(default)]
+    pub walks: u32,
+    /// Rounds of lookups that were made for it.
+    #[serde(default)]
+    pub lookups: u32,
+    /// What was wrong with the pod's policy: annotations that could not be obeyed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_false(b: &bool) -> bool {
+    !*b
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]

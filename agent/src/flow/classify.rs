@@ -7,7 +7,10 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::sample::{Direction, Sample, TcpState};
+use super::{
+    origin::Origin,
+    sample::{Sample, TcpState},
+};
 
 /// The longest that TCP delays an acknowledgement (`TCP_DELACK_MAX`, 200 ms, RFC 1122: 500 ms at most), and
 /// shorter than the least time to a keep-alive probe (1 s).
@@ -72,7 +75,7 @@ pub fn classify(s: &Sample, idle_after: Duration) -> Option<FlowState> {
     match s.state {
         // A child that fast open made, which may be accepted before its handshake is done. Request sockets
         // show as SYN_RECV too, but have no record.
-        TcpState::SynRecv if s.record.is_none_or(|r| r.direction == Direction::Outbound) => None,
+        TcpState::SynRecv if !matches!(s.origin, Origin::Accepted(_)) => None,
         TcpState::SynRecv if s.inode != 0 => Some(established(s, idle_after)),
         TcpState::SynRecv => Some(FlowState::Backlog),
         TcpState::Established | TcpState::CloseWait if s.inode == 0 => Some(FlowState::Backlog),
@@ -101,7 +104,7 @@ fn established(s: &Sample, idle_after: Duration) -> FlowState {
 
 /// Nothing in either queue and no byte either way for `idle_after`.
 fn is_quiet(s: &Sample, idle_after: Duration) -> bool {
-    s.unread == 0 && s.unacked == 0 && s.since_sent.min(s.since_received) >= idle_after
+    s.payload_unread() == 0 && s.unacked == 0 && s.since_sent.min(s.since_received) >= idle_after
 }
 
 /// The last byte went from the pod to the peer.

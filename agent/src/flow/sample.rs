@@ -4,10 +4,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    clock::BootTime,
-    ids::{CgroupId, SocketCookie},
-};
+use super::origin::Origin;
+use crate::ids::{CgroupId, SocketCookie};
 
 /// Who opened the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -62,18 +60,6 @@ impl TryFrom<u8> for TcpState {
     }
 }
 
-/// What the BPF programs remember of a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
-    /// Who opened it.
-    pub direction: Direction,
-    /// When the handshake was seen, or when the agent found the socket at its start (`seeded`).
-    pub opened_at: BootTime,
-    /// The socket is older than the agent: `opened_at` is a lower bound of its age and `direction` an
-    /// inference from the listeners of that moment.
-    pub seeded: bool,
-}
-
 /// One TCP socket, from one sock_diag reply.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
@@ -85,8 +71,8 @@ pub struct Sample {
     pub remote: SocketAddr,
     /// TCP state.
     pub state: TcpState,
-    /// Bytes received that the application has not read (`idiag_rqueue`). For a listener: connections
-    /// waiting to be accepted.
+    /// Bytes received that the application has not read (`idiag_rqueue`; the peer's FIN is one more). For a
+    /// listener: connections waiting to be accepted.
     pub unread: u32,
     /// Bytes written that the peer has not acknowledged, sent or not (`idiag_wqueue`). For a listener:
     /// the longest accept queue.
@@ -107,10 +93,12 @@ pub struct Sample {
     /// The last segment from the peer was an acknowledgement without data: what the pod said before it has
     /// been said after the peer's last byte. Only looked for where the times do not tell ([`Self::is_tie`]).
     pub bare_ack: bool,
+    /// A connection to ebb's own listener in the pod, not to the pod.
+    pub to_wait_port: bool,
     /// The cgroup whose process made the socket, where the kernel tells (5.9 and later).
     pub cgroup: Option<CgroupId>,
-    /// The BPF record, if the programs have one for it.
-    pub record: Option<Record>,
+    /// Who opened it, as far as is known.
+    pub origin: Origin,
 }
 
 impl Sample {
@@ -121,6 +109,14 @@ impl Sample {
             TcpState::CloseWait | TcpState::LastAck | TcpState::Closing
         );
         self.bytes_received.saturating_sub(fin as u64)
+    }
+
+    /// Payload bytes that the application has not read. The peer's FIN comes after all of them, and counts as one
+    /// more until the application has read the end of the stream (`tcp_diag_get_info` in net/ipv4/tcp_diag.c,
+    /// `tcp_fin` in net/ipv4/tcp_input.c).
+    pub const fn payload_unread(&self) -> u32 {
+        let fin = matches!(self.state, TcpState::CloseWait);
+        self.unread.saturating_sub(fin as u32)
     }
 
     /// Notes that the last segment from the peer was an acknowledgement without data, and that data was last
@@ -136,9 +132,10 @@ impl Sample {
     }
 
     /// The times do not tell who spoke last: an established connection, at rest, whose last byte each way
-    /// moved within the same jiffy.
+    /// moved within the same jiffy. Where the pod never said anything that was heard, there is nothing to tell.
     pub fn is_tie(&self) -> bool {
         self.state == TcpState::Established
+            && self.bytes_acked > 0
             && self.unread == 0
             && self.unacked == 0
             && self.since_sent == self.since_received
@@ -147,7 +144,7 @@ impl Sample {
 }
 
 /// Longer than a jiffy is on any kernel (10 ms), by which the time since the last byte can be wrong.
-const CERTAIN: Duration = Duration::from_millis(20);
+pub const CERTAIN: Duration = Duration::from_millis(20);
 
 /// No `idle-after` is shorter.
 const AT_REST: Duration = Duration::from_millis(100);
@@ -172,8 +169,9 @@ pub(crate) mod testing {
             since_received: Duration::ZERO,
             since_ack: Duration::ZERO,
             bare_ack: false,
+            to_wait_port: false,
             cgroup: None,
-            record: None,
+            origin: Origin::Unknown,
         }
     }
 }

@@ -1,14 +1,23 @@
 //! The flows of one pod at one moment, and which of them can hold a drain.
 
-use std::{collections::HashSet, net::SocketAddr, time::Duration};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     classify::{FlowState, classify},
+    multipath,
+    origin::Origin,
     sample::{Direction, Sample, TcpState},
 };
-use crate::{clock::BootTime, ids::SocketCookie};
+use crate::{
+    clock::BootTime,
+    ids::{CgroupId, SocketCookie},
+};
 
 /// Why a flow does not hold a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -18,8 +27,12 @@ pub enum Exempt {
     Outbound,
     /// Both ends are in the pod.
     InPod,
+    /// Dialled by the kubelet.
+    Probe,
     /// On a port that the policy ignores.
     IgnoredPort,
+    /// To ebb's own listener in the pod.
+    WaitPort,
 }
 
 impl Exempt {
@@ -28,9 +41,22 @@ impl Exempt {
         match self {
             Self::Outbound => "outbound",
             Self::InPod => "in-pod",
+            Self::Probe => "probe",
             Self::IgnoredPort => "ignored-port",
+            Self::WaitPort => "wait-port",
         }
     }
+}
+
+/// What is known of when a flow began. Of the subflows of one connection, the last named here counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Since {
+    /// Its handshake was seen, or the pod dialled it: those are not asked for their age.
+    Opening,
+    /// It was there when the agent came, so that its age is a lower bound.
+    BeforeAgent,
+    /// Nothing: its record could not be made, or is lost.
+    Unknown,
 }
 
 /// One flow of a pod, classified.
@@ -38,8 +64,7 @@ impl Exempt {
 pub struct Flow {
     /// The kernel's identity of the socket.
     pub cookie: SocketCookie,
-    /// Who opened it. A socket that the programs have no record of counts as inbound: not knowing must
-    /// not cut anybody off.
+    /// Who opened it. Where that is not known it counts as inbound.
     pub direction: Direction,
     /// The pod's end.
     pub local: SocketAddr,
@@ -49,17 +74,21 @@ pub struct Flow {
     pub state: FlowState,
     /// Why it does not hold a drain; `None` if it does.
     pub exempt: Option<Exempt>,
-    /// Time since the handshake, where it was seen. For flows older than the agent, the time since the
-    /// agent found them.
+    /// Time since the handshake, where it was seen: of inbound flows. For those older than the agent, the time since
+    /// the agent found them.
     pub age: Option<Duration>,
-    /// The flow is older than the agent, so `age` is a lower bound.
-    pub older_than_agent: bool,
+    /// What `age` is worth.
+    pub since: Since,
     /// Time since the last byte either way.
     pub quiet_for: Duration,
     /// Payload bytes from the peer.
     pub bytes_in: u64,
     /// Payload bytes to the peer that it has acknowledged.
     pub bytes_out: u64,
+    /// The cgroup whose process made the socket, where the kernel tells.
+    pub cgroup: Option<CgroupId>,
+    /// The other subflows, if it is an MPTCP connection that has several.
+    pub others: Vec<SocketCookie>,
 }
 
 /// Flows that hold, by state.
@@ -123,47 +152,68 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Classifies `samples`, all sockets of one pod. `holds_port` says whether flows to a local port
-    /// of the pod hold a drain.
+    /// of the pod hold a drain, `is_pods` whether an address is nobody's but the pod's own.
     pub fn new(
         taken_at: BootTime,
         samples: &[Sample],
         idle_after: Duration,
         holds_port: impl Fn(u16) -> bool,
+        is_pods: impl Fn(IpAddr) -> bool,
     ) -> Self {
-        let ends: HashSet<(SocketAddr, SocketAddr)> = samples
-            .iter()
-            .filter(|s| s.state != TcpState::Listen)
+        let open = || samples.iter().filter(|s| s.state != TcpState::Listen);
+        let mut own: Vec<IpAddr> = open().map(|s| s.local.ip()).collect();
+        own.dedup();
+        own.sort_unstable();
+        own.dedup();
+        // Both ends of what stays in the pod have an address of the pod: few flows, of possibly very many. That both are
+        // there tells it where addresses do not: on the host's network. (Elsewhere the other end may be gone before
+        // this one, as a half-closed connection's is after `tcp_fin_timeout`.)
+        let ends: HashSet<(SocketAddr, SocketAddr)> = open()
+            .filter(|s| own.binary_search(&s.remote.ip()).is_ok())
             .map(|s| (s.local, s.remote))
             .collect();
-        let flows = samples
-            .iter()
-            .filter_map(|s| {
-                let state = classify(s, idle_after)?;
-                let direction = s.record.map_or(Direction::Inbound, |r| r.direction);
-                let exempt = if direction == Direction::Outbound {
-                    Some(Exempt::Outbound)
-                } else if ends.contains(&(s.remote, s.local)) {
-                    Some(Exempt::InPod)
-                } else if !holds_port(s.local.port()) {
-                    Some(Exempt::IgnoredPort)
-                } else {
-                    None
-                };
-                Some(Flow {
-                    cookie: s.cookie,
-                    direction,
-                    local: s.local,
-                    remote: s.remote,
-                    state,
-                    exempt,
-                    age: s.record.map(|r| taken_at.since(r.opened_at)),
-                    older_than_agent: s.record.is_none_or(|r| r.seeded),
-                    quiet_for: s.since_sent.min(s.since_received),
-                    bytes_in: s.payload_received(),
-                    bytes_out: s.bytes_acked,
-                })
-            })
-            .collect();
+        let subflows = samples.iter().filter_map(|s| {
+            let state = classify(s, idle_after)?;
+            let (direction, accepted) = match s.origin {
+                Origin::Accepted(acceptance) => (Direction::Inbound, Some(acceptance)),
+                Origin::Unknown => (Direction::Inbound, None),
+                Origin::Dialled => (Direction::Outbound, None),
+            };
+            let exempt = if direction == Direction::Outbound {
+                Some(Exempt::Outbound)
+            } else if s.to_wait_port {
+                Some(Exempt::WaitPort)
+            } else if is_pods(s.remote.ip()) || ends.contains(&(s.remote, s.local)) {
+                Some(Exempt::InPod)
+            } else if accepted.is_some_and(|a| a.probe) {
+                Some(Exempt::Probe)
+            } else if !holds_port(s.local.port()) {
+                Some(Exempt::IgnoredPort)
+            } else {
+                None
+            };
+            let flow = Flow {
+                cookie: s.cookie,
+                direction,
+                local: s.local,
+                remote: s.remote,
+                state,
+                exempt,
+                age: accepted.map(|a| taken_at.since(a.opened_at)),
+                since: match s.origin {
+                    Origin::Accepted(a) if a.seeded => Since::BeforeAgent,
+                    Origin::Accepted(_) | Origin::Dialled => Since::Opening,
+                    Origin::Unknown => Since::Unknown,
+                },
+                quiet_for: s.since_sent.min(s.since_received),
+                bytes_in: s.payload_received(),
+                bytes_out: s.bytes_acked,
+                cgroup: s.cgroup,
+                others: Vec::new(),
+            };
+            Some((s.inode, flow))
+        });
+        let flows = multipath::merge(subflows);
         Self { taken_at, flows }
     }
 

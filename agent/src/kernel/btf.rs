@@ -73,6 +73,16 @@ impl<'a> Btf<'a> {
         })
     }
 
+    /// Whether there is a typedef of this name.
+    pub(super) fn has_typedef(&self, name: &str) -> bool {
+        (1..self.starts.len()).any(|id| {
+            let found = u32::try_from(id).ok().and_then(|id| self.get(id));
+            found.is_some_and(|(t, _)| {
+                t.kind == KIND_TYPEDEF && self.name(t.name) == Some(name.as_bytes())
+            })
+        })
+    }
+
     fn member_offset(&self, id: u32, field: &str) -> Option<u32> {
         let (t, mut members) = self.get(id)?;
         match t.kind {
@@ -175,6 +185,7 @@ mod tests {
         assert_eq!(btf.offset_of("outer", "a"), Some(0));
         assert_eq!(btf.offset_of("outer", "c"), Some(8));
         assert_eq!(btf.offset_of("alias", "c"), Some(8));
+        assert!(btf.has_typedef("alias") && !btf.has_typedef("outer"));
     }
 
     #[test]

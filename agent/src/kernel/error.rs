@@ -6,9 +6,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// A capability is missing.
-    #[error(
-        "loading BPF programs is not permitted: run ebb as root, with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN"
-    )]
+    #[error("loading BPF programs is not permitted: run ebb as root, with CAP_SYS_ADMIN")]
     NotPermitted,
     /// The kernel has no BTF, or it can't be read.
     #[error("{}: no kernel type information ({why}): ebb needs a kernel built with CONFIG_DEBUG_INFO_BTF=y", path.display())]

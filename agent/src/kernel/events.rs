@@ -6,11 +6,11 @@ use aya::maps::{Array, MapData, RingBuf};
 use ebb_common::LOST_EVENT;
 use tokio::{io::unix::AsyncFdReadyGuard, sync::mpsc};
 
-use super::{Edge, KernelEvent, bytes::Bytes, poll, sock_diag::ip};
+use super::{Edge, KernelEvent, bytes::Bytes, pod_listener::OwnPorts, poll, sock_diag::ip};
 use crate::{
     clock::BootTime,
     flow::TcpState,
-    ids::{CgroupId, NetnsInode, SocketCookie},
+    ids::{CgroupId, NetnsInode, SocketCookie, WatchId},
 };
 
 /// Forwards events until the receiver is gone. Woken by the kernel, and only while something is watched.
@@ -21,6 +21,7 @@ use crate::{
 pub(super) async fn forward(
     ring: RingBuf<MapData>,
     lost: Arc<Array<MapData, u64>>,
+    own: Arc<OwnPorts>,
     to: mpsc::Sender<KernelEvent>,
 ) -> std::io::Result<()> {
     let mut ring = poll::readable(ring)?;
@@ -34,7 +35,12 @@ pub(super) async fn forward(
         drop(guard);
         while let Some(edge) = ring.get_mut().next().map(|item| decode(Bytes(&item))) {
             // The kernel wrote it: bytes that are no event would be a bug, and are treated as a loss.
-            let event = edge.map_or(KernelEvent::Lost, KernelEvent::Edge);
+            let event = edge.map_or(KernelEvent::Lost, |edge| {
+                KernelEvent::Edge(Edge {
+                    own: own.has(edge.netns, edge.local, edge.remote),
+                    ..edge
+                })
+            });
             if to.send(event).await.is_err() {
                 return Ok(());
             }
@@ -56,18 +62,20 @@ fn decode(mut e: Bytes<'_>) -> Option<Edge> {
     let cookie = SocketCookie(e.u64()?);
     let cgroup = CgroupId(e.u64()?);
     let netns = NetnsInode(e.u32()?);
-    e.u32()?;
+    let watch = WatchId(u16::try_from(e.u32()?).ok()?);
     let (local, remote) = (e.array()?, e.array()?);
     let (local_port, remote_port) = (e.u16()?, e.u16()?);
     let family = u8::try_from(e.u16()?).ok()?;
     Some(Edge {
         cgroup,
         netns,
+        watch,
         cookie,
         local: SocketAddr::new(ip(family, local), local_port),
         remote: SocketAddr::new(ip(family, remote), remote_port),
         from: TcpState::try_from(e.u8()?).ok()?,
         to: TcpState::try_from(e.u8()?).ok()?,
         at,
+        own: false,
     })
 }

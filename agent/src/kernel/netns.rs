@@ -1,14 +1,16 @@
 //! Network namespaces: naming and entering them.
 
 use std::{
-    fs::File,
+    fs::{self, File, Metadata},
     io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
-    path::PathBuf,
+    path::Path,
     thread,
 };
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use ebb_common::EphemeralPorts;
 
 use crate::ids::NetnsInode;
 
@@ -26,13 +28,18 @@ impl Netns {
     ///
     /// The process is gone, or may not be looked into.
     pub fn of_process(pid: u32) -> io::Result<Self> {
-        let file = File::open(PathBuf::from(format!("/proc/{pid}/ns/net")))?;
-        let inode = file.metadata()?.ino();
-        let inode = u32::try_from(inode).map_err(io::Error::other)?;
-        Ok(Self {
-            file,
-            inode: NetnsInode(inode),
-        })
+        let file = File::open(format!("/proc/{pid}/ns/net"))?;
+        let inode = inode(&file.metadata()?)?;
+        Ok(Self { file, inode })
+    }
+
+    /// The inode number of the namespace that a link leads to, such as `/proc/PID/ns/net`.
+    ///
+    /// # Errors
+    ///
+    /// It can't be followed.
+    pub fn inode_at(link: &Path) -> io::Result<NetnsInode> {
+        inode(&fs::metadata(link)?)
     }
 
     /// Its inode number.
@@ -60,15 +67,19 @@ impl Netns {
     }
 }
 
-/// All network namespaces that a process lives in, each once.
-pub(super) fn all() -> Vec<Netns> {
-    let mut found = std::collections::HashMap::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let pid = entry.file_name().to_str().and_then(|n| n.parse().ok());
-        // Processes end while we look: those are skipped.
-        if let Some(netns) = pid.and_then(|pid| Netns::of_process(pid).ok()) {
-            found.entry(netns.inode).or_insert(netns);
-        }
+/// The ports that the kernel gives to what dials in the calling thread's network namespace: what is below
+/// /proc/sys/net depends on who asks.
+pub(super) fn ephemeral_ports() -> io::Result<EphemeralPorts> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    let mut ports = text.split_whitespace().map(str::parse);
+    match (ports.next(), ports.next()) {
+        (Some(Ok(first)), Some(Ok(last))) => Ok(EphemeralPorts { first, last }),
+        _ => Err(io::ErrorKind::InvalidData.into()),
     }
-    found.into_values().collect()
+}
+
+/// Inode numbers of nsfs are unsigned ints (`struct ns_common`, include/linux/ns_common.h).
+fn inode(of: &Metadata) -> io::Result<NetnsInode> {
+    let inode = u32::try_from(of.ino()).map_err(|_| io::ErrorKind::InvalidData)?;
+    Ok(NetnsInode(inode))
 }

@@ -31,10 +31,12 @@ pub(super) fn resolve(path: &Path) -> Result<Offsets, KernelError> {
             })
     };
     let possible_net = field("sock_common", "skc_net")? + field("possible_net_t", "net")?;
+    let (sock_cgroup_data_cgroup, sock_cgroup_data_is_tagged) = cgroup_pointer(&btf)?;
     Ok(Offsets {
         sock_protocol: field("sock", "sk_protocol")?,
         sock_cgrp_data: field("sock", "sk_cgrp_data")?,
-        sock_cgroup_data_cgroup: cgroup_pointer(&btf)?,
+        sock_cgroup_data_cgroup,
+        sock_cgroup_data_is_tagged,
         cgroup_kn: field("cgroup", "kn")?,
         kernfs_node_id: field("kernfs_node", "id")?,
         sock_common_net: possible_net,
@@ -55,11 +57,35 @@ pub(super) fn resolve(path: &Path) -> Result<Offsets, KernelError> {
     })
 }
 
-/// `sock_cgroup_data.cgroup`, or the start of the structure where it is still the tagged union of 5.14 and
-/// before (include/linux/cgroup-defs.h), whose word holds the same pointer.
-fn cgroup_pointer(btf: &Btf<'_>) -> Result<u32, KernelError> {
-    btf.offset_of("sock_cgroup_data", "cgroup")
-        .or_else(|| btf.offset_of("sock_cgroup_data", "val"))
+/// Whether all of it is there, with the tracepoint's own type: `btf_trace_NAME` is what tp_btf programs are
+/// checked against (`__BPF_DECLARE_TRACE`, include/trace/bpf_probe.h).
+///
+/// # Errors
+///
+/// As [`resolve`].
+pub(super) fn able(path: &Path) -> Result<(), KernelError> {
+    const TRACEPOINT: &str = "btf_trace_inet_sock_set_state";
+    resolve(path)?;
+    let found = std::fs::read(path)
+        .ok()
+        .and_then(|blob| Some(Btf::parse(&blob)?.has_typedef(TRACEPOINT)));
+    if found == Some(true) {
+        return Ok(());
+    }
+    Err(KernelError::NoBtf {
+        path: path.to_owned(),
+        why: format!("it has no {TRACEPOINT}, the tracepoint that ebb attaches to"),
+    })
+}
+
+/// Where `sock_cgroup_data.cgroup` is, and 0; or the start of the structure, and 1, where it is still the tagged
+/// union of 5.14 and before (include/linux/cgroup-defs.h), whose word holds the same pointer.
+fn cgroup_pointer(btf: &Btf<'_>) -> Result<(u32, u32), KernelError> {
+    let typed = btf.offset_of("sock_cgroup_data", "cgroup");
+    let tagged = || btf.offset_of("sock_cgroup_data", "val");
+    typed
+        .map(|offset| (offset, 0))
+        .or_else(|| Some((tagged()?, 1)))
         .ok_or_else(|| KernelError::NoField {
             structure: "sock_cgroup_data",
             field: "cgroup",
@@ -88,6 +114,11 @@ mod tests {
         assert!(o.sock_cgrp_data > o.sock_protocol || o.sock_cgrp_data > 100);
         assert_ne!(o.sock_common_v6_daddr, o.sock_common_v6_rcv_saddr);
         assert_ne!(o.net_ns_inum, 0);
+    }
+
+    #[test]
+    fn this_kernel_is_able() {
+        able(Path::new(VMLINUX_BTF)).unwrap();
     }
 
     #[test]

@@ -1,15 +1,18 @@
-//! Waiting for a BPF ring buffer on the async runtime.
+//! Waiting for descriptors on the async runtime: BPF ring buffers and processes.
 
 #![allow(
     unsafe_code,
     reason = "tokio's AsyncFd can't know that a descriptor stays the same"
 )]
 
-use std::{io, os::fd::AsRawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// Waits for a ring buffer that owns its descriptor.
+/// Waits until a descriptor can be read.
 ///
 /// # Errors
 ///
@@ -22,4 +25,5 @@ pub(super) fn readable<T: OwnsDescriptor>(inner: T) -> io::Result<AsyncFd<T>> {
 /// Types that own one open descriptor from their making to their end, and always name that one.
 pub(super) trait OwnsDescriptor: AsRawFd {}
 impl OwnsDescriptor for aya::maps::RingBuf<aya::maps::MapData> {}
+impl OwnsDescriptor for OwnedFd {}
 impl<T> OwnsDescriptor for aya_log::EbpfLogger<T> {}

@@ -1,45 +1,58 @@
 //! The door to the kernel: look at a pod's sockets, watch a pod, find a connection.
 
 use std::{
-    collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
-    ops::Range,
-    os::fd::AsFd as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use ebb_common::{BareAck, LOSSES, WorkloadKey};
-use rustix::time::{ClockId, clock_gettime};
+use ebb_common::LOSSES;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    KernelError, KernelEvent, Look, Netns,
-    bytes::Bytes,
-    close, events, netns,
-    programs::{Programs, walk},
-    prune::Pruner,
-    sock_diag::SockDiag,
+    Audit, KernelError, KernelEvent, KubeletCgroup, Look, LookUp, Netns,
+    auditor::Auditor,
+    close,
+    earlier::{self, Earlier},
+    events,
+    house::keep_house,
+    inner::{Inner, open, watch_keys},
+    kubelet::Search,
+    nested::Nested,
+    pod_listener::{self, OwnPorts, PodListener},
+    pool::DiagPool,
+    programs::Programs,
 };
 use crate::{
-    clock::BootTime,
+    clock::boot_id,
     flow::{Flow, Sample},
-    ids::{CgroupId, NetnsInode, SocketCookie},
+    ids::{CgroupId, NetnsInode, SocketCookie, WatchId},
+    lock::lock,
     pods::Scope,
 };
 
 /// As many events as may wait for the drains before the ring buffer itself has to hold them.
 const EVENT_QUEUE: usize = 1024;
 
-/// How often the counters of pods that are gone are forgotten. The map has room for 16,384 workloads.
-const PRUNE_EVERY: Duration = Duration::from_secs(600);
-
 /// How to start.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Forward what the BPF programs log.
     pub bpf_log: bool,
+    /// Where the kubelet's cgroup is, so that its probes are known for what they are. Without, they are flows.
+    pub kubelet: Option<KubeletCgroup>,
+    /// The mount of cgroup v2. Without, counters of cgroups that are gone are kept for as long as their
+    /// network namespace has a process, and of cgroups that a container on the host's network makes below its own
+    /// only those are known that its scope has.
+    pub cgroup_root: Option<PathBuf>,
+    /// Where an earlier agent has left what it knew of the flows that are open ([`Tracker::remember`]).
+    pub earlier: Option<PathBuf>,
 }
 
 /// Counters of one workload, as the BPF programs keep them.
@@ -51,8 +64,6 @@ pub struct WorkloadCount {
     pub netns: NetnsInode,
     /// Inbound flows now.
     pub inbound: i64,
-    /// Outbound flows now.
-    pub outbound: i64,
     /// Inbound flows since the start.
     pub inbound_total: u64,
 }
@@ -61,15 +72,7 @@ pub struct WorkloadCount {
 /// detached when the last clone is dropped.
 #[derive(Clone)]
 pub struct Tracker {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    programs: Mutex<Programs>,
-    /// Watched namespaces are kept open, so that looking works when the process they were found by is gone.
-    watched: Mutex<HashMap<NetnsInode, Arc<Netns>>>,
-    pruner: Mutex<Pruner>,
-    host: Netns,
+    pub(super) inner: Arc<Inner>,
 }
 
 impl Tracker {
@@ -84,12 +87,15 @@ impl Tracker {
             what: "opening the agent's own network namespace".into(),
             source,
         })?;
-        let mut programs = Programs::start(host.inode(), options.bpf_log)?;
+        let earlier = options.earlier.as_deref().map(taken).unwrap_or_default();
+        let mut programs = Programs::start(host.inode(), options.bpf_log, &earlier)?;
         let (to, from) = mpsc::channel(EVENT_QUEUE);
+        let own = Arc::<OwnPorts>::default();
         if let Some(ring) = programs.events.take() {
+            let own = Arc::clone(&own);
             let lost = Arc::clone(&programs.lost);
             tokio::spawn(async move {
-                if let Err(e) = events::forward(ring, lost, to.clone()).await {
+                if let Err(e) = events::forward(ring, lost, own, to.clone()).await {
                     tracing::error!(
                         "reading kernel events: {e}; pods are held for the settle time alone until the agent is restarted"
                     );
@@ -98,31 +104,73 @@ impl Tracker {
                 }
             });
         }
-        let inner = Inner {
-            programs: Mutex::new(programs),
-            watched: Mutex::default(),
-            pruner: Mutex::default(),
-            host,
+        let Some(inference) = programs.inference.take() else {
+            return Err(KernelError::Io {
+                what: "seeding".into(),
+                source: io::Error::other("came to no end"),
+            });
         };
+        let workloads = Arc::clone(&programs.workloads);
+        let inner = Inner {
+            watches: Arc::clone(&programs.watches),
+            programs: Mutex::new(programs),
+            auditor: Mutex::new(Auditor::new(Arc::clone(&workloads), inference)),
+            workloads,
+            drift: AtomicU64::new(0),
+            nested: options.cgroup_root.clone().map(Nested::new),
+            cgroup_root: options.cgroup_root,
+            watched: Mutex::default(),
+            walks: Arc::default(),
+            pruner: Mutex::default(),
+            kubelet: options.kubelet.map(Search::new),
+            own,
+            host: Arc::new(DiagPool::new(host)),
+        };
+        inner.find_kubelet();
         let inner = Arc::new(inner);
-        tokio::spawn(prune_now_and_then(Arc::downgrade(&inner)));
+        tokio::spawn(keep_house(Arc::downgrade(&inner)));
         Ok((Self { inner }, from))
     }
 
     /// The host's network namespace.
     pub fn host_netns(&self) -> NetnsInode {
-        self.inner.host.inode()
+        self.inner.host.netns().inode()
     }
 
     /// All TCP sockets of a pod, from the kernel's tables. Walks the table of the whole node, off the async
-    /// threads.
+    /// threads, together with others that ask for the same namespace meanwhile. The walk begins after the
+    /// call.
     ///
     /// # Errors
     ///
     /// The pod can't be tracked, its namespace is gone, or the kernel does not answer.
     pub async fn look(&self, scope: &Scope) -> io::Result<Look> {
+        let netns = match scope {
+            Scope::Netns { inode, .. } => *inode,
+            Scope::HostNetwork(_) => self.host_netns(),
+            Scope::Untracked(why) => return Err(io::Error::other(why.clone())),
+        };
+        let inner = Arc::clone(&self.inner);
+        let walk = move |scopes: &[Scope]| inner.walk(scopes);
+        self.inner.walks.look(netns, scope.clone(), walk).await
+    }
+
+    /// Looks up single flows of a watched pod, each by its two ends, and says how many edges the kernel had
+    /// counted before. Costs microseconds, whatever the number of connections on the node, unless another
+    /// process keeps sock_diag busy: older kernels answer one at a time (`sock_diag_mutex`).
+    ///
+    /// # Errors
+    ///
+    /// As [`Tracker::look`], or not all of the pod is watched: it has no watch, or is on the host's network and has
+    /// made cgroups since.
+    pub async fn look_up(
+        &self,
+        scope: &Scope,
+        flows: Vec<(SocketAddr, SocketAddr)>,
+    ) -> io::Result<LookUp> {
         let scope = scope.clone();
-        self.blocking(move |inner| inner.look(&scope)).await
+        self.blocking(move |inner| inner.look_up(&scope, &flows))
+            .await
     }
 
     /// The connection between `local` and `remote` in the scope's namespace, if it exists.
@@ -137,12 +185,8 @@ impl Tracker {
         remote: SocketAddr,
     ) -> io::Result<Option<Sample>> {
         let scope = scope.clone();
-        self.blocking(move |inner| {
-            inner.within(&scope, |netns| {
-                netns.run(SockDiag::open)?.find(local, remote)
-            })
-        })
-        .await
+        self.blocking(move |inner| inner.pool(&scope)?.ask(|diag| diag.find(local, remote)))
+            .await
     }
 
     /// The connection between `local` and `remote` in the host's namespace, if it exists.
@@ -155,12 +199,12 @@ impl Tracker {
         local: SocketAddr,
         remote: SocketAddr,
     ) -> io::Result<Option<Sample>> {
-        self.blocking(move |inner| inner.host.run(SockDiag::open)?.find(local, remote))
+        self.blocking(move |inner| inner.host.ask(|diag| diag.find(local, remote)))
             .await
     }
 
     /// Closes the reading side of `idle` flows of a pod, of those that have not moved since the look that
-    /// found them idle, and returns which. Their owners then close them.
+    /// found them idle, and returns which. Their owners then close them. Closes no more of them once this is `over`.
     ///
     /// # Errors
     ///
@@ -169,24 +213,29 @@ impl Tracker {
         &self,
         scope: &Scope,
         idle: Vec<Flow>,
+        over: CancellationToken,
     ) -> io::Result<Vec<SocketCookie>> {
         let scope = scope.clone();
-        self.blocking(move |inner| inner.within(&scope, |netns| close::idle(netns, &idle)))
-            .await
+        self.blocking(move |inner| {
+            close::idle(&inner.programs, &*inner.pool(&scope)?, &idle, &over)
+        })
+        .await
     }
 
-    /// Has the events of a scope reported from now on.
+    /// Has the events of a scope reported from now on. They carry the number of this watch. Looks for the kubelet
+    /// anew, in the background: a restarted service has another cgroup.
     ///
     /// # Errors
     ///
     /// The pod can't be tracked, its namespace is gone, or too many are watched already.
-    pub fn watch(&self, scope: &Scope) -> io::Result<()> {
+    pub fn watch(&self, scope: &Scope) -> io::Result<WatchId> {
         if let Scope::Netns { inode, pid } = scope {
-            let netns = open(*inode, *pid)?;
-            lock(&self.inner.watched).insert(*inode, Arc::new(netns));
+            let pool = DiagPool::new(open(*inode, *pid)?);
+            lock(&self.inner.watched).insert(*inode, Arc::new(pool));
         }
         let keys = watch_keys(scope)?;
-        let watching = lock(&self.inner.programs).watch(&keys);
+        self.find_kubelet();
+        let watching = lock(&self.inner.watches).begin(&keys);
         // What was half begun would stay: nobody ends a watch that failed.
         watching.inspect_err(|_| self.unwatch(scope))
     }
@@ -197,14 +246,32 @@ impl Tracker {
             lock(&self.inner.watched).remove(inode);
         }
         let keys = watch_keys(scope).unwrap_or_default();
-        if let Err(e) = lock(&self.inner.programs).unwatch(&keys) {
+        if let Err(e) = lock(&self.inner.watches).end(&keys) {
             tracing::warn!("can't count the watched workloads: {e}");
         }
     }
 
-    /// The counters of all workloads.
+    /// Listens on a port inside a pod's network namespace, on all its addresses. Connections to it are marked
+    /// in every look ([`Sample::to_wait_port`]) and reported as no edge.
+    ///
+    /// # Errors
+    ///
+    /// The pod has no namespace of its own or is gone, or the port is taken ([`io::ErrorKind::AddrInUse`]).
+    pub async fn listen_in(&self, scope: &Scope, port: u16) -> io::Result<PodListener> {
+        let Scope::Netns { inode, pid } = *scope else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let opened = self
+            .blocking(move |inner| {
+                pod_listener::listen_in(&inner.own, &open(inode, pid)?, pid, port)
+            })
+            .await?;
+        opened.register()
+    }
+
+    /// The counters of all workloads. Some system calls for each: nothing for an async thread.
     pub fn counts(&self) -> Vec<WorkloadCount> {
-        lock(&self.inner.programs)
+        self.inner
             .workloads
             .iter()
             .filter_map(Result::ok)
@@ -212,16 +279,48 @@ impl Tracker {
                 cgroup: CgroupId(key.cgroup),
                 netns: NetnsInode(key.netns),
                 inbound: w.inbound,
-                outbound: w.outbound,
                 inbound_total: w.inbound_total,
             })
             .collect()
     }
 
-    /// Forgets the counters of pods that are gone: of namespaces without flow and process, now and at the last
-    /// call. Returns how many. Done by itself every ten minutes; reads `/proc`.
+    /// Compares the counters of a pod, or of the whole node, with the kernel's own tables, and corrects them. Off
+    /// the async threads; takes a walk of the node's table for each namespace, some more where connections open
+    /// and close. Who stops waiting ends it.
+    ///
+    /// # Errors
+    ///
+    /// The pod can't be tracked, or its namespace is gone.
+    pub async fn audit(&self, scope: Option<&Scope>) -> io::Result<Audit> {
+        let scope = scope.cloned();
+        let unwanted = CancellationToken::new();
+        let _wanted = unwanted.clone().drop_guard();
+        self.blocking(move |inner| inner.audit(scope.as_ref(), &unwanted))
+            .await
+    }
+
+    /// By how many flows audits have found the counters wrong since the start.
+    pub fn drift(&self) -> u64 {
+        self.inner.drift.load(Ordering::Relaxed)
+    }
+
+    /// Forgets the counters of what is gone: of workloads without flow whose namespace has no process, or whose
+    /// cgroup is not there, now and at the last call. Returns how many. Done by itself every ten minutes; reads
+    /// `/proc` and the directories of cgroups.
     pub fn prune(&self) -> usize {
         self.inner.prune()
+    }
+
+    /// Writes down since when each flow is open, for the next agent ([`Options::earlier`]), and returns of how many.
+    /// What is not done `within` this time is left out: of those flows the next agent knows no more than that they are
+    /// older than itself. Off the async threads; takes a walk of the node's table for each namespace.
+    ///
+    /// # Errors
+    ///
+    /// The file can't be written, or the kernel does not walk.
+    pub async fn remember(&self, path: PathBuf, within: Duration) -> io::Result<usize> {
+        self.blocking(move |inner| inner.remember(&path, within))
+            .await
     }
 
     /// Losses since the start, by `ebb_common::LOST_…`.
@@ -231,6 +330,16 @@ impl Tracker {
     /// The map can't be read.
     pub fn losses(&self) -> Result<[u64; LOSSES], KernelError> {
         lock(&self.inner.programs).losses()
+    }
+
+    fn find_kubelet(&self) {
+        if let Some(search) = &self.inner.kubelet
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+            && search.is_due()
+        {
+            let inner = Arc::clone(&self.inner);
+            runtime.spawn_blocking(move || inner.find_kubelet());
+        }
     }
 
     async fn blocking<T: Send + 'static>(
@@ -244,145 +353,14 @@ impl Tracker {
     }
 }
 
-async fn prune_now_and_then(inner: Weak<Inner>) {
-    loop {
-        tokio::time::sleep(PRUNE_EVERY).await;
-        let Some(inner) = inner.upgrade() else {
-            return;
-        };
-        // Failing means panicking, which has been reported; the next time may go well.
-        let _ = tokio::task::spawn_blocking(move || inner.prune()).await;
-    }
-}
-
-impl Inner {
-    fn prune(&self) -> usize {
-        let mut inhabited: HashSet<_> = netns::all().iter().map(Netns::inode).collect();
-        inhabited.insert(self.host.inode());
-        inhabited.extend(lock(&self.watched).keys());
-        let mut programs = lock(&self.programs);
-        let counts = programs.workloads.iter().filter_map(Result::ok);
-        let gone = lock(&self.pruner).gone(counts, &inhabited);
-        gone.iter()
-            .filter(|key| programs.workloads.remove(key).is_ok())
-            .count()
-    }
-
-    fn look(&self, scope: &Scope) -> io::Result<Look> {
-        let storage = lock(&self.programs).flows.try_clone()?;
-        self.within(scope, |netns| {
-            let taken_at = BootTime::now();
-            let from = monotonic();
-            let mut samples = netns.run(SockDiag::open)?.dump(Some(storage.as_fd()))?;
-            let dumped = from..monotonic();
-            // A host-network pod's sockets are those of its cgroups.
-            if let Scope::HostNetwork(cgroups) = scope {
-                samples.retain(|s| s.cgroup.is_some_and(|c| cgroups.contains(&c)));
-            }
-            if samples.iter().any(Sample::is_tie) {
-                self.break_ties(&mut samples, &dumped, netns)?;
-            }
-            Ok(Look { taken_at, samples })
-        })
-    }
-
-    /// Finds out whose word was the last where the kernel's times do not tell: a second walk, of the same
-    /// cost as the first, only where it is needed.
-    fn break_ties(
-        &self,
-        samples: &mut [Sample],
-        dumped: &Range<Duration>,
-        netns: &Netns,
-    ) -> io::Result<()> {
-        let link = lock(&self.programs)
-            .iterator("bare_ack")
-            .map_err(io::Error::other)?;
-        let written = walk(link, netns)?;
-        let (found, _) = written.as_chunks::<{ size_of::<BareAck>() }>();
-        let delivered_at: HashMap<u64, Duration> = found
-            .iter()
-            .filter_map(|found| bare_ack(Bytes(found)))
-            // What moved since the dump began is not what the dump describes: the answer to a probe, say, that
-            // arrived in between. Such a tie stays undecided.
-            .filter(|found| Duration::from_micros(found.touched_at) < dumped.start)
-            .map(|found| (found.cookie, Duration::from_micros(found.delivered_at)))
-            .collect();
-        for sample in samples.iter_mut().filter(|s| s.is_tie()) {
-            if let Some(delivered_at) = delivered_at.get(&sample.cookie.0) {
-                sample.set_bare_ack(dumped.end.saturating_sub(*delivered_at));
-            }
-        }
-        Ok(())
-    }
-
-    /// Calls `f` with the namespace of `scope`.
-    fn within<T>(&self, scope: &Scope, f: impl FnOnce(&Netns) -> io::Result<T>) -> io::Result<T> {
-        match scope {
-            Scope::Netns { inode, pid } => {
-                // Not under the lock: a look may take a while.
-                let watched = lock(&self.watched).get(inode).cloned();
-                match watched {
-                    Some(netns) => f(&netns),
-                    None => f(&open(*inode, *pid)?),
-                }
-            }
-            Scope::HostNetwork(_) => f(&self.host),
-            Scope::Untracked(why) => Err(io::Error::other(why.clone())),
-        }
-    }
-}
-
-fn bare_ack(mut found: Bytes<'_>) -> Option<BareAck> {
-    Some(BareAck {
-        cookie: found.u64()?,
-        delivered_at: found.u64()?,
-        touched_at: found.u64()?,
+/// What an earlier agent has left. Worth a warning, never a failed start.
+fn taken(path: &Path) -> Earlier {
+    let taken = boot_id().and_then(|boot| earlier::take(path, &boot));
+    taken.unwrap_or_else(|e| {
+        tracing::warn!(
+            "can't read {}: {e}; flows are as old as this agent",
+            path.display()
+        );
+        Earlier::new()
     })
-}
-
-/// The clock by which the kernel's TCP stamps what it sends and receives (`tcp_clock_us`).
-fn monotonic() -> Duration {
-    clock_gettime(ClockId::Monotonic)
-        .try_into()
-        .unwrap_or_default()
-}
-
-/// Opens the namespace of `pid` and makes sure that it is the one that was meant: pids are reused.
-fn open(inode: NetnsInode, pid: u32) -> io::Result<Netns> {
-    let netns = Netns::of_process(pid)?;
-    if netns.inode() == inode {
-        Ok(netns)
-    } else {
-        Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            format!(
-                "process {pid} is no longer in network namespace {}",
-                inode.0
-            ),
-        ))
-    }
-}
-
-fn watch_keys(scope: &Scope) -> io::Result<Vec<WorkloadKey>> {
-    match scope {
-        Scope::Netns { inode, .. } => Ok(vec![WorkloadKey {
-            cgroup: 0,
-            netns: inode.0,
-            zero: 0,
-        }]),
-        Scope::HostNetwork(cgroups) => Ok(cgroups
-            .iter()
-            .map(|c| WorkloadKey {
-                cgroup: c.0,
-                netns: 0,
-                zero: 0,
-            })
-            .collect()),
-        Scope::Untracked(why) => Err(io::Error::other(why.clone())),
-    }
-}
-
-/// The maps hold no invariant that a panic could break half-way.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -4,12 +4,16 @@
 //! made there carry the lower one's id: all of them count.
 
 use std::{
+    collections::HashMap,
     fs, io,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirEntryExt as _, MetadataExt as _},
     path::{Component, Path, PathBuf},
 };
 
-use crate::ids::{CgroupId, ContainerId};
+use crate::{
+    ids::{CgroupId, ContainerId},
+    kernel::cgroups::walk,
+};
 
 /// Why a container's cgroups can't be told.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +68,11 @@ pub fn container_cgroups(
             root: root.into(),
         })?;
     let mut ids = vec![id(&dir)?];
-    descend(&dir, &mut ids)?;
+    let walked = walk(&dir, &mut |below| {
+        ids.push(CgroupId(below.ino()));
+        true
+    });
+    walked.map_err(|source| CgroupError::Unreadable { path: dir, source })?;
     Ok(ids)
 }
 
@@ -136,29 +144,38 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
     Some(ends.map(|end| format!("{}.slice", &name[..end])).collect())
 }
 
-fn descend(dir: &Path, ids: &mut Vec<CgroupId>) -> Result<(), CgroupError> {
-    let unreadable = |source| CgroupError::Unreadable {
-        path: dir.into(),
-        source,
-    };
-    for entry in fs::read_dir(dir).map_err(unreadable)? {
-        let entry = entry.map_err(unreadable)?;
+/// Whose a cgroup is: of each that is a container's own or below one, which of these `containers`. Known by the
+/// directory's name alone, which bears the container's id in both cgroup drivers' spellings. What can't be read, or
+/// is removed meanwhile, is nobody's. Blocking.
+pub fn owners<T: Clone>(root: &Path, containers: &HashMap<&str, T>) -> HashMap<CgroupId, T> {
+    let mut found = HashMap::new();
+    if !containers.is_empty() {
+        own(root, None, containers, &mut found);
+    }
+    found
+}
+
+fn own<T: Clone>(
+    dir: &Path,
+    above: Option<&T>,
+    containers: &HashMap<&str, T>,
+    found: &mut HashMap<CgroupId, T>,
+) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if !entry.file_type().is_ok_and(|t| t.is_dir()) {
             continue;
         }
-        let below = entry.path();
-        let seen = id(&below).and_then(|id| {
-            ids.push(id);
-            descend(&below, ids)
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| {
+            let name = name.strip_suffix(".scope").unwrap_or(name);
+            containers.get(name.rsplit(['-', ':']).next()?)
         });
-        match seen {
-            // Removed while we looked.
-            Err(CgroupError::Unreadable { source, .. })
-                if source.kind() == io::ErrorKind::NotFound => {}
-            other => other?,
+        let owner = owner.or(above);
+        if let Some(owner) = owner {
+            found.insert(CgroupId(entry.ino()), owner.clone());
         }
+        own(&entry.path(), owner, containers, found);
     }
-    Ok(())
 }
 
 fn id(dir: &Path) -> Result<CgroupId, CgroupError> {
@@ -268,5 +285,29 @@ mod tests {
         }
         let e = container_cgroups(root.path(), &c1, Some("0::/\n"), Some("/")).unwrap_err();
         assert!(matches!(e, CgroupError::NotFound { .. }));
+    }
+
+    #[test]
+    fn a_cgroup_is_the_containers_whose_id_it_or_one_above_it_bears() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(&path).unwrap();
+            CgroupId(fs::metadata(path).unwrap().ino())
+        };
+        let (web, nested) = (at("kubepods/podu1/c1ff"), at("kubepods/podu1/c1ff/init"));
+        let log = at("a.slice/a-b.slice/cri-containerd-c2ff.scope");
+        let crio = at("a.slice/crio-c3ff.scope/container");
+        let others = [
+            at("kubepods/podu1"),
+            at("a.slice/other-c9ff.scope"),
+            at("c1ff2"),
+        ];
+        let containers = HashMap::from([("c1ff", "web"), ("c2ff", "log"), ("c3ff", "crio")]);
+        let owners = owners(root.path(), &containers);
+        for (id, owner) in [(web, "web"), (nested, "web"), (log, "log"), (crio, "crio")] {
+            assert_eq!(owners.get(&id), Some(&owner));
+        }
+        assert!(others.iter().all(|id| !owners.contains_key(id)));
     }
 }

@@ -2,20 +2,17 @@
 //!
 //! The channel is lazy: when the runtime restarts, the next call dials its socket again.
 
-use std::{
-    error::Error as _,
-    future::Future,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+mod error;
+mod events;
+
+use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
-    self, ContainerStatusRequest, ContainerStatusResponse, ListContainersRequest,
-    ListPodSandboxRequest, PodSandboxFilter, PodSandboxState, PodSandboxStateValue,
-    PodSandboxStatusRequest, PodSandboxStatusResponse, VersionRequest, VersionResponse,
+    self, ContainerStatusRequest, ContainerStatusResponse, ImageSpec, ImageStatusRequest,
+    ListContainersRequest, ListPodSandboxRequest, PodSandboxFilter, PodSandboxState,
+    PodSandboxStateValue, PodSandboxStatusRequest, PodSandboxStatusResponse, VersionRequest,
+    VersionResponse, image_service_client::ImageServiceClient,
     runtime_service_client::RuntimeServiceClient,
 };
 use tokio::{net::UnixStream, time::timeout};
@@ -24,6 +21,10 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+pub use error::CriError;
+
+use self::error::{DialError, broken_transport, dial_error, dial_failure};
+use super::info::stop_signal;
 use crate::ids::{ContainerId, SandboxId};
 
 /// The API version that ebb speaks, as a runtime reports it in VersionResponse.
@@ -37,78 +38,11 @@ const MESSAGE_LIMIT: usize = 16 * 1024 * 1024;
 /// that needs longer is stuck.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What went wrong with the runtime.
-#[derive(Debug, thiserror::Error)]
-pub enum CriError {
-    /// Nobody listens there.
-    #[error(
-        "cannot reach the container runtime at {}: {source}; is containerd running? set --cri-socket to its socket",
-        path.display()
-    )]
-    Unreachable {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The socket is not ours to open.
-    #[error("no permission to open the container runtime's socket {}; run ebb as root", path.display())]
-    Permission {
-        /// The socket.
-        path: PathBuf,
-    },
-    /// Something else listens there.
-    #[error(
-        "{} is not a CRI v1 socket ({detail}); set --cri-socket to the socket that the kubelet uses",
-        path.display()
-    )]
-    NotCri {
-        /// The socket.
-        path: PathBuf,
-        /// How it gave itself away.
-        detail: String,
-    },
-    /// It is a runtime, of another API version.
-    #[error(
-        "the container runtime at {} speaks CRI {version}, and ebb needs v1; containerd 1.6, CRI-O 1.23 and later have it",
-        path.display()
-    )]
-    WrongVersion {
-        /// The socket.
-        path: PathBuf,
-        /// What it reported.
-        version: String,
-    },
-    /// No answer in time.
-    #[error(
-        "the container runtime at {} did not answer {call} within {} s; is it stuck?",
-        path.display(),
-        after.as_secs()
-    )]
-    Timeout {
-        /// The socket.
-        path: PathBuf,
-        /// The call.
-        call: &'static str,
-        /// The limit.
-        after: Duration,
-    },
-    /// The runtime answered with an error.
-    #[error("the container runtime at {} failed {call}: {}", path.display(), describe(status))]
-    Failed {
-        /// The socket.
-        path: PathBuf,
-        /// The call.
-        call: &'static str,
-        /// Its answer.
-        status: Status,
-    },
-}
-
 /// A connection to a container runtime. Cheap to clone; clones share it.
 #[derive(Clone, Debug)]
 pub struct Cri {
     path: Arc<Path>,
+    channel: Channel,
     client: RuntimeServiceClient<Channel>,
     runtime: Arc<str>,
 }
@@ -125,9 +59,12 @@ impl Cri {
                 .await
                 .map_err(|e| dial_error(path, e))?,
         );
+        let channel = channel(path);
         let mut cri = Self {
             path: path.into(),
-            client: client(path),
+            client: RuntimeServiceClient::new(channel.clone())
+                .max_decoding_message_size(MESSAGE_LIMIT),
+            channel,
             runtime: "".into(),
         };
         let version = cri.version().await?;
@@ -234,6 +171,28 @@ impl Cri {
         )
     }
 
+    /// The stop signal that an image names; `None` if it names none, or there is no such image.
+    ///
+    /// # Errors
+    /// [`CriError`]. An answer that is not understood names none.
+    pub async fn image_stop_signal(&self, image: &str) -> Result<Option<String>, CriError> {
+        let request = ImageStatusRequest {
+            image: Some(ImageSpec {
+                image: image.into(),
+                ..Default::default()
+            }),
+            verbose: true,
+        };
+        let mut client =
+            ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT);
+        const CALL: &str = "ImageStatus";
+        match timeout(CALL_TIMEOUT, client.image_status(request)).await {
+            Err(_) => Err(self.timed_out(CALL, CALL_TIMEOUT)),
+            Ok(Err(status)) => Err(self.failed(CALL, status)),
+            Ok(Ok(answer)) => Ok(stop_signal(&answer.into_inner().info).ok().flatten()),
+        }
+    }
+
     async fn version(&self) -> Result<VersionResponse, CriError> {
         const CALL: &str = "Version";
         // Not retried: whoever hangs up on the first call of a fresh connection is not a runtime.
@@ -242,7 +201,7 @@ impl Cri {
             version: API_VERSION.into(),
         };
         let status = match timeout(CALL_TIMEOUT, client.version(request)).await {
-            Err(_) => return Err(self.timed_out(CALL)),
+            Err(_) => return Err(self.timed_out(CALL, CALL_TIMEOUT)),
             Ok(Ok(answer)) => return Ok(answer.into_inner()),
             Ok(Err(status)) => status,
         };
@@ -279,7 +238,7 @@ impl Cri {
         let mut retried = false;
         loop {
             match timeout(CALL_TIMEOUT, send(self.client.clone())).await {
-                Err(_) => return Err(self.timed_out(call)),
+                Err(_) => return Err(self.timed_out(call, CALL_TIMEOUT)),
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(status)) if !retried && broken_transport(&status) => retried = true,
                 Ok(Err(status)) => return Err(self.failed(call, status)),
@@ -287,11 +246,11 @@ impl Cri {
         }
     }
 
-    fn timed_out(&self, call: &'static str) -> CriError {
+    pub(super) fn timed_out(&self, call: &'static str, after: Duration) -> CriError {
         CriError::Timeout {
             path: self.path.to_path_buf(),
             call,
-            after: CALL_TIMEOUT,
+            after,
         }
     }
 
@@ -313,7 +272,7 @@ impl Cri {
     }
 }
 
-fn client(path: &Path) -> RuntimeServiceClient<Channel> {
+fn channel(path: &Path) -> Channel {
     let path: Arc<Path> = path.into();
     let connector = tower::service_fn(move |_| {
         let path = Arc::clone(&path);
@@ -325,40 +284,7 @@ fn client(path: &Path) -> RuntimeServiceClient<Channel> {
         }
     });
     // The address is only what `:authority` says: "localhost", as the kubelet sends from 1.31 on.
-    let channel = Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector);
-    RuntimeServiceClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT)
-}
-
-/// Marks the connector's own error, so that it is told from an I/O error of an established connection.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot dial the socket")]
-struct DialError(#[source] io::Error);
-
-fn dial_error(path: &Path, e: io::Error) -> CriError {
-    match e.kind() {
-        io::ErrorKind::PermissionDenied => CriError::Permission { path: path.into() },
-        _ => CriError::Unreachable {
-            path: path.into(),
-            source: e,
-        },
-    }
-}
-
-fn dial_failure(status: &Status) -> Option<&io::Error> {
-    let mut cause = status.source();
-    while let Some(e) = cause {
-        if let Some(DialError(io)) = e.downcast_ref() {
-            return Some(io);
-        }
-        cause = e.source();
-    }
-    None
-}
-
-/// A status that tonic made up because the connection failed has a source; one that was received has
-/// none.
-fn broken_transport(status: &Status) -> bool {
-    status.source().is_some()
+    Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector)
 }
 
 fn found<T>(answer: Result<T, CriError>) -> Result<Option<T>, CriError> {
@@ -366,19 +292,6 @@ fn found<T>(answer: Result<T, CriError>) -> Result<Option<T>, CriError> {
         Ok(t) => Ok(Some(t)),
         Err(CriError::Failed { status, .. }) if status.code() == Code::NotFound => Ok(None),
         Err(e) => Err(e),
-    }
-}
-
-fn describe(status: &Status) -> String {
-    // Runtimes wrap lines into some messages; an error is one line.
-    match status
-        .message()
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ")
-    {
-        text if text.is_empty() => status.code().to_string(),
-        text => text,
     }
 }
 

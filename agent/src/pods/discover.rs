@@ -2,9 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs, io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+    fs,
+    path::PathBuf,
     time::Duration,
 };
 
@@ -16,20 +15,23 @@ use super::{
     Container, Pod, Scope,
     cgroup::container_cgroups,
     cri::{Cri, CriError},
+    hook::wait_port,
     info::{Info, SandboxFacts, parse_info, sandbox_facts},
 };
 use crate::{
-    drain::report::PodName,
-    ids::{CgroupId, ContainerId, NetnsInode, PodUid, SandboxId},
+    ids::{CgroupId, ContainerId, NetnsInode, PodName, PodUid, SandboxId},
+    kernel::Netns,
 };
 
-/// Labels and the annotation that the kubelet puts on sandboxes and containers
+/// Labels and annotations that the kubelet puts on sandboxes and containers
 /// (`pkg/kubelet/types/labels.go`; `pkg/kubelet/kuberuntime/labels.go`).
 const POD_NAME: &str = "io.kubernetes.pod.name";
 const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
 const POD_UID: &str = "io.kubernetes.pod.uid";
 const CONTAINER_NAME: &str = "io.kubernetes.container.name";
 const POD_GRACE: &str = "io.kubernetes.pod.terminationGracePeriod";
+const PRE_STOP: &str = "io.kubernetes.container.preStopHandler";
+const PORTS: &str = "io.kubernetes.container.ports";
 
 /// How many statuses are asked for at once: enough to hide a stuck shim behind the others.
 const STATUSES_AT_ONCE: usize = 8;
@@ -191,7 +193,7 @@ impl Discovery {
             },
         };
         let link = self.node.proc.join(pid.to_string()).join("ns/net");
-        let inode = match netns_inode(&link) {
+        let inode = match Netns::inode_at(&link) {
             Ok(inode) => inode,
             Err(e) => return Scope::Untracked(format!("cannot look up {}: {e}", link.display())),
         };
@@ -320,6 +322,9 @@ fn container(mut container: v1::Container) -> Container {
         .annotations
         .get(POD_GRACE)
         .and_then(|g| g.parse().ok());
+    let annotation = |name| container.annotations.get(name).map(String::as_str);
+    let wait_port =
+        annotation(PRE_STOP).map_or(Ok(None), |hook| wait_port(hook, annotation(PORTS)));
     Container {
         id: ContainerId::new(container.id),
         name: container
@@ -329,15 +334,8 @@ fn container(mut container: v1::Container) -> Container {
             .unwrap_or_default(),
         running,
         grace: grace.map(Duration::from_secs),
+        wait_port,
     }
-}
-
-fn netns_inode(link: &Path) -> io::Result<NetnsInode> {
-    let ino = fs::metadata(link)?.ino();
-    // Inode numbers of nsfs are unsigned ints (`struct ns_common`, include/linux/ns_common.h).
-    u32::try_from(ino)
-        .map(NetnsInode)
-        .map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// An error and its causes on one line.

@@ -92,6 +92,31 @@ pub fn parse_info(info: &HashMap<String, String>) -> Result<Info, InfoError> {
     })
 }
 
+/// Reads the stop signal of an image from its verbose status: `imageSpec.config.StopSignal`, in containerd's and
+/// CRI-O's `image_status.go` alike. `None` if the image names none.
+///
+/// # Errors
+/// [`InfoError`], see [`parse_info`].
+pub fn stop_signal(info: &HashMap<String, String>) -> Result<Option<String>, InfoError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct RawImage {
+        image_spec: Option<RawImageSpec>,
+    }
+    #[derive(Deserialize)]
+    struct RawImageSpec {
+        config: Option<RawImageConfig>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct RawImageConfig {
+        stop_signal: Option<String>,
+    }
+    let raw: RawImage = serde_json::from_str(info.get("info").ok_or(InfoError::Absent)?)?;
+    let config = raw.image_spec.and_then(|s| s.config);
+    Ok(config.and_then(|c| c.stop_signal).filter(|s| !s.is_empty()))
+}
+
 /// Reads a sandbox's verbose status.
 ///
 /// # Errors
@@ -123,16 +148,31 @@ pub fn sandbox_facts(answer: &PodSandboxStatusResponse) -> Result<SandboxFacts, 
     })
 }
 
+/// containerd's shims that run containers on the host's kernel, whatever OCI runtime they start (runc, crun, …).
+const HOST_KERNEL_SHIMS: [&str; 3] = [
+    "io.containerd.runc.v1",
+    "io.containerd.runc.v2",
+    "io.containerd.runtime.v1.linux",
+];
+
 /// Runtimes that keep a network stack of their own: the pod's TCP sockets are not in the host's kernel.
-/// Told by the shim's name, or by the handler's where the runtime does not give the shim.
+/// Told by the shim's name, or by the handler's where the runtime does not give the shim. A shim that is not known
+/// may be one of them.
 fn hidden(runtime_type: &str, handler: &str) -> Option<String> {
+    if HOST_KERNEL_SHIMS.contains(&runtime_type) {
+        return None;
+    }
     let says = |word| runtime_type.contains(word) || handler.contains(word);
     let sandbox = if says("runsc") || says("gvisor") {
         "gVisor"
     } else if says("kata") {
         "Kata"
-    } else {
+    } else if runtime_type.is_empty() {
         return None;
+    } else {
+        return Some(format!(
+            "it runs under {runtime_type}, of which ebb does not know whether its sockets are in the host's kernel"
+        ));
     };
     Some(format!(
         "it runs in a {sandbox} sandbox, whose sockets the host's kernel does not have"
@@ -266,6 +306,22 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_shim_that_nobody_has_heard_of_is_not_taken_to_show_its_sockets() {
+        let hidden = |shim: &str, handler: &str| {
+            let info = CONTAINERD.replace("io.containerd.runc.v2", shim);
+            let facts = sandbox_facts(&answer(&info, None, handler)).unwrap();
+            facts.hidden
+        };
+        assert!(
+            hidden("io.containerd.unheard-of.v1", "")
+                .unwrap()
+                .contains("io.containerd.unheard-of.v1")
+        );
+        assert_eq!(hidden("io.containerd.runc.v1", "kata-like-name"), None);
+        assert_eq!(hidden("", "crun"), None);
+    }
+
+    #[test]
     fn container_info_of_both_runtimes() {
         let containerd = parse_info(&info_map(
             r#"{"sandboxID": "8f1f", "pid": 4300, "removing": false, "snapshotKey": "c1",
@@ -285,6 +341,16 @@ pub(super) mod tests {
                 "runtimeSpec": {"linux": {"cgroupsPath": "kubepods-podu3.slice:crio:c2"}}}"#,
         ));
         assert_eq!(crio.unwrap().pid, None);
+    }
+
+    #[test]
+    fn the_stop_signal_of_an_image_is_read_where_it_has_one() {
+        let of = |json| stop_signal(&info_map(json)).unwrap();
+        let nginx = r#"{"chainID": "sha256:1", "imageSpec": {"os": "linux", "config":
+            {"Cmd": ["nginx"], "StopSignal": "SIGQUIT"}}}"#;
+        assert_eq!(of(nginx).as_deref(), Some("SIGQUIT"));
+        assert_eq!(of(r#"{"imageSpec": {"config": {"Cmd": []}}}"#), None);
+        assert_eq!(of("{}"), None);
     }
 
     #[test]

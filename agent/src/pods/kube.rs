@@ -10,7 +10,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{Stream, StreamExt};
@@ -28,8 +28,11 @@ use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
-use super::Pod;
-use crate::ids::PodUid;
+use super::{
+    Pod,
+    changes::{Changes, Teller},
+};
+use crate::{clock::BootTime, drain::policy::annotations::PREFIX, ids::PodUid};
 
 /// Set by the kubelet on every pod it runs: `api`, or where a static pod came from
 /// (`ConfigSourceAnnotationKey`, `pkg/kubelet/types/pod_update.go`).
@@ -45,6 +48,10 @@ pub const LONGEST_WAIT: Duration = Duration::from_millis(300);
 
 /// How long the one question to the API server may take: a stop is waiting for it.
 const GET_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How long the API server may say nothing in the middle of an answer. A watch lasts 290 s and has bookmarks; what
+/// is silent for longer is dead. kube-rs itself waits for the beginning of an answer, and for a list, for ever.
+const SILENT_FOR: Duration = Duration::from_secs(300);
 
 type PodMeta = PartialObjectMeta<core::Pod>;
 
@@ -80,6 +87,17 @@ pub enum KubeError {
 pub struct Deletion {
     /// `metadata.deletionGracePeriodSeconds`. A later delete may shorten it.
     pub grace: Option<Duration>,
+    /// When this grace was first heard of, which is when it began, or somewhat later. If the pod was listed so, when it
+    /// began by the API server's clock: the agent may have been started since.
+    pub seen: BootTime,
+}
+
+impl Deletion {
+    /// What is left of the grace, if there is one.
+    pub fn left(self, now: BootTime) -> Option<Duration> {
+        let grace = self.grace?;
+        Some(grace.saturating_sub(now.since(self.seen)))
+    }
 }
 
 /// A pod, as far as the API server's word is needed.
@@ -93,7 +111,7 @@ pub struct KubePod {
     pub name: String,
     /// Present while it is being deleted. Never for mirror pods: deleting one does not end its static pod.
     pub deletion: Option<Deletion>,
-    /// Its annotations as they are now.
+    /// Its annotations as they are now: ebb's own, and those that tell a static pod.
     pub annotations: BTreeMap<String, String>,
 }
 
@@ -110,6 +128,20 @@ impl KubePods {
     /// Whether this pod is known to be on its way out.
     pub fn is_deleting(&self, uid: &PodUid) -> bool {
         self.pods.get(uid).is_some_and(|p| p.deletion.is_some())
+    }
+
+    /// A deletion is never taken back, and its grace never grows (`BeforeDelete` in
+    /// `staging/src/k8s.io/apiserver/pkg/registry/rest/delete.go`): news that say so are old. A list from the
+    /// cache of another API server may be.
+    fn still_deleting(&self, news: &mut KubePod) {
+        let Some(known) = self.pods.get(&news.uid).and_then(|p| p.deletion) else {
+            return;
+        };
+        let shorter = news.deletion.filter(|new| match (known.grace, new.grace) {
+            (Some(known), Some(new)) => new < known,
+            (known, new) => known.is_none() && new.is_some(),
+        });
+        news.deletion = Some(shorter.unwrap_or(known));
     }
 }
 
@@ -139,9 +171,18 @@ pub async fn client(mode: KubeMode) -> Result<Option<Client>, KubeError> {
             return Ok(None);
         }
     };
-    Client::try_from(config)
+    Client::try_from(impatient(config))
         .map(Some)
         .map_err(KubeError::Client)
+}
+
+/// Has what is silent for longer than [`SILENT_FOR`] given up, unless `config` says otherwise, and each request made
+/// once: the client would repeat what is answered with 429, 503 or 504 up to 15 times, beginning after 5 ms. What is
+/// worth another try has a pace of its own here.
+fn impatient(mut config: Config) -> Config {
+    config.read_timeout.get_or_insert(SILENT_FOR);
+    config.default_retry = false;
+    config
 }
 
 /// The API server's word on this node's pods. Its watch ends when it is dropped.
@@ -163,24 +204,29 @@ impl Kube {
     }
 
     /// Finds the API server as `mode` says, and begins to watch the pods of `node` (`$NODE_NAME`). Does not
-    /// wait for the server.
+    /// wait for the server. What is kept of a pod is a change when it is new; what is not is a hint: a status tells that
+    /// the runtime has done something.
     ///
     /// # Errors
     /// [`KubeError`] if there is a configuration that can't be used.
-    pub async fn start(mode: KubeMode, node: Option<&str>) -> Result<Self, KubeError> {
+    pub async fn start(
+        mode: KubeMode,
+        node: Option<&str>,
+        changes: &Arc<Changes>,
+    ) -> Result<Self, KubeError> {
         match client(mode).await? {
             None => Ok(Self::off()),
             Some(client) => {
                 let node = node
                     .filter(|n| !n.is_empty())
                     .ok_or(KubeError::NoNodeName)?;
-                Ok(Self::watch(client, node))
+                Ok(Self::watch(client, node, changes))
             }
         }
     }
 
     /// Watches the pods of `node` with this client.
-    pub fn watch(client: Client, node: &str) -> Self {
+    pub fn watch(client: Client, node: &str, changes: &Arc<Changes>) -> Self {
         let api: Api<PodMeta> = Api::all(client.clone());
         // Any: from the API server's cache, which holds pods by node. A consistent list would be
         // read from etcd, by every node of the cluster whenever the server restarts.
@@ -191,12 +237,17 @@ impl Kube {
         config.page_size = None;
         let events = watcher(api, config).default_backoff();
         let (sender, pods) = watch::channel(Arc::default());
-        let task = tokio::spawn(follow(events, sender));
+        let task = tokio::spawn(follow(events, sender, Arc::clone(changes)));
         Self {
             client: Some(client),
             pods,
             _watch: Some(AbortOnDropHandle::new(task)),
         }
+    }
+
+    /// A client of the API server, if there is one.
+    pub const fn client(&self) -> Option<&Client> {
+        self.client.as_ref()
     }
 
     /// The pods as the watch tells them.
@@ -257,10 +308,12 @@ impl std::fmt::Debug for Kube {
 async fn follow(
     events: impl Stream<Item = watcher::Result<Event<PodMeta>>>,
     sender: watch::Sender<Arc<KubePods>>,
+    changes: Arc<Changes>,
 ) {
     let mut events = std::pin::pin!(events);
     let mut listing = HashMap::new();
     let mut away = false;
+    let mut source = None;
     while let Some(event) = events.next().await {
         let event = match event {
             Ok(event) => event,
@@ -274,6 +327,7 @@ async fn follow(
                     warn!(error = %e, "lost the API server; going on with what is known, and trying again");
                 }
                 away = true;
+                source = None;
                 continue;
             }
         };
@@ -282,16 +336,34 @@ async fn follow(
             away = false;
             info!("the API server is back");
         }
+        if !matches!(event, Event::Init | Event::InitApply(_)) {
+            source.get_or_insert_with(|| changes.source(Teller::Api));
+        }
         match event {
             Event::Init => listing = HashMap::new(),
-            Event::InitApply(meta) => listing.extend(reduce(meta).map(|p| (p.uid.clone(), p))),
+            Event::InitApply(meta) => {
+                let since = since_deletion(&meta, SystemTime::now());
+                let Some(mut pod) = reduce(meta) else {
+                    continue;
+                };
+                if let Some(deletion) = &mut pod.deletion {
+                    deletion.seen = deletion.seen.before(since);
+                }
+                listing.insert(pod.uid.clone(), pod);
+            }
             Event::InitDone => {
-                let pods = std::mem::take(&mut listing);
+                let mut pods = std::mem::take(&mut listing);
+                let known = sender.borrow().clone();
+                pods.values_mut().for_each(|pod| known.still_deleting(pod));
                 sender.send_replace(Arc::new(KubePods { synced: true, pods }));
+                changes.tell();
             }
             Event::Apply(meta) => {
-                let Some(pod) = reduce(meta) else { continue };
-                sender.send_if_modified(|all| {
+                let Some(mut pod) = reduce(meta) else {
+                    continue;
+                };
+                let news = sender.send_if_modified(|all| {
+                    all.still_deleting(&mut pod);
                     // Status updates, which are most events, change nothing that is kept.
                     let news = all.pods.get(&pod.uid) != Some(&pod);
                     if news {
@@ -299,19 +371,45 @@ async fn follow(
                     }
                     news
                 });
+                if news {
+                    changes.tell();
+                } else {
+                    changes.hint();
+                }
             }
             Event::Delete(meta) => {
                 let Some(pod) = reduce(meta) else { continue };
                 sender.send_if_modified(|all| Arc::make_mut(all).pods.remove(&pod.uid).is_some());
+                changes.tell();
             }
         }
     }
 }
 
+/// How long ago a pod was deleted, by the clock of the API server: a deletionTimestamp is when the grace ends
+/// (`BeforeDelete`). Zero if it was not, or only in the future.
+fn since_deletion(meta: &PodMeta, now: SystemTime) -> Duration {
+    let meta = &meta.metadata;
+    let grace = meta.deletion_grace_period_seconds.unwrap_or_default();
+    let grace = Duration::from_secs(u64::try_from(grace).unwrap_or_default());
+    let ends = meta
+        .deletion_timestamp
+        .as_ref()
+        .map(|t| SystemTime::from(t.0));
+    let began = ends.and_then(|ends| ends.checked_sub(grace));
+    began
+        .and_then(|began| now.duration_since(began).ok())
+        .unwrap_or_default()
+}
+
 /// What is kept of a pod. `None` if it has no UID, which the API server does not do.
 fn reduce(meta: PodMeta) -> Option<KubePod> {
     let meta = meta.metadata;
-    let annotations = meta.annotations.unwrap_or_default();
+    let mut annotations = meta.annotations.unwrap_or_default();
+    // What other programs write there is no news, and may be large.
+    annotations.retain(|name, _| {
+        name.starts_with(PREFIX) || [CONFIG_SOURCE, CONFIG_MIRROR].contains(&name.as_str())
+    });
     let mirrored = annotations.get(CONFIG_MIRROR).map(PodUid::new);
     let deletion = meta
         .deletion_timestamp
@@ -321,6 +419,7 @@ fn reduce(meta: PodMeta) -> Option<KubePod> {
                 .deletion_grace_period_seconds
                 .and_then(|s| u64::try_from(s).ok())
                 .map(Duration::from_secs),
+            seen: BootTime::now(),
         });
     Some(KubePod {
         uid: match mirrored {

@@ -1,11 +1,18 @@
-//! The shared way to the pods: one look at the runtime at a time, for all who need one, and none unasked.
+//! The shared way to the pods: one look at the runtime at a time, for all who need one.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-use tokio::sync::{Mutex, watch};
+use tokio::{
+    sync::{Mutex, watch},
+    time::{Instant, timeout},
+};
 use tracing::debug;
 
 use super::{
@@ -25,6 +32,8 @@ pub struct RefreshError(#[source] pub Arc<CriError>);
 #[derive(Debug)]
 pub struct Pods {
     cri: Cri,
+    /// The mount of cgroup v2.
+    cgroup_root: PathBuf,
     looks: Mutex<Looks>,
     /// Looks begun so far.
     begun: AtomicU64,
@@ -34,14 +43,22 @@ pub struct Pods {
 #[derive(Debug)]
 struct Looks {
     discovery: Discovery,
-    /// The number and the outcome of the last one that ended.
-    last: Option<(u64, Result<Arc<PodTable>, RefreshError>)>,
+    last: Option<Ended>,
+}
+
+/// The last look that came to an end.
+#[derive(Debug)]
+struct Ended {
+    number: u64,
+    at: Instant,
+    outcome: Result<Arc<PodTable>, RefreshError>,
 }
 
 impl Pods {
     /// Starts with an empty table: [`Pods::refresh`] fills it.
     pub fn new(cri: Cri, node: Node) -> Self {
         Self {
+            cgroup_root: node.cgroup_root.clone(),
             looks: Mutex::new(Looks {
                 discovery: Discovery::new(cri.clone(), node),
                 last: None,
@@ -52,9 +69,19 @@ impl Pods {
         }
     }
 
+    /// The mount of cgroup v2, where containers' cgroups are.
+    pub fn cgroup_root(&self) -> &Path {
+        &self.cgroup_root
+    }
+
     /// The runtime's name and version.
     pub fn runtime(&self) -> &str {
         self.cri.runtime()
+    }
+
+    /// The pods as they were last seen, now and later: every look that succeeds, whoever made it.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<PodTable>> {
+        self.latest.subscribe()
     }
 
     /// The pods as they were at the last successful look; empty before the first.
@@ -70,11 +97,30 @@ impl Pods {
     pub async fn refresh(&self) -> Result<Arc<PodTable>, RefreshError> {
         let begun = self.begun.load(Ordering::SeqCst);
         let mut looks = self.looks.lock().await;
-        if let Some((number, outcome)) = &looks.last
-            && *number > begun
+        if let Some(last) = &looks.last
+            && last.number > begun
         {
-            return outcome.clone();
+            return last.outcome.clone();
         }
+        self.look(&mut looks).await
+    }
+
+    /// The outcome of the last look if it ended less than `age` ago, else of a new one. However many ask, and
+    /// however often, the runtime is asked once in that time.
+    ///
+    /// # Errors
+    /// [`RefreshError`] if the runtime could not be asked.
+    pub async fn recent(&self, age: Duration) -> Result<Arc<PodTable>, RefreshError> {
+        let mut looks = self.looks.lock().await;
+        if let Some(last) = &looks.last
+            && last.at.elapsed() < age
+        {
+            return last.outcome.clone();
+        }
+        self.look(&mut looks).await
+    }
+
+    async fn look(&self, looks: &mut Looks) -> Result<Arc<PodTable>, RefreshError> {
         // A caller that goes away in the middle takes its look along; the next one begins another.
         let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
         let outcome = match looks.discovery.list().await {
@@ -84,8 +130,34 @@ impl Pods {
         if let Ok(table) = &outcome {
             self.latest.send_replace(Arc::clone(table));
         }
-        looks.last = Some((number, outcome.clone()));
+        looks.last = Some(Ended {
+            number,
+            at: Instant::now(),
+            outcome: outcome.clone(),
+        });
         outcome
+    }
+
+    /// The pods as they are now, or as they were last known if the runtime is away or takes longer than `limit`:
+    /// one sandbox that is stuck must not hide all the others.
+    ///
+    /// # Errors
+    /// [`RefreshError`] if the runtime can't be asked and no pod was ever known.
+    pub async fn fresh(&self, limit: Duration) -> Result<Arc<PodTable>, RefreshError> {
+        let known = self.latest();
+        match timeout(limit, self.refresh()).await {
+            Ok(Err(e)) if known.is_empty() => Err(e),
+            Ok(Err(e)) => {
+                debug!(error = %e.0, "going on with the pods known before");
+                Ok(known)
+            }
+            Ok(Ok(table)) => Ok(table),
+            Err(_) if known.is_empty() => {
+                let late = self.cri.timed_out("ListPodSandbox", limit);
+                Err(RefreshError(Arc::new(late)))
+            }
+            Err(_) => Ok(known),
+        }
     }
 
     /// The pod that this container belongs to: from the last table if it is there, else by a new look.
@@ -108,7 +180,7 @@ impl Pods {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashMap, time::Duration};
+    use std::collections::HashMap;
 
     use k8s_cri::v1;
 
@@ -161,6 +233,24 @@ mod tests {
         first.await.unwrap();
         // The first, the one that the first of the twenty began, and one for the other nineteen.
         assert_eq!(runtime.calls("ListPodSandbox"), 3);
+    }
+
+    #[tokio::test]
+    async fn whoever_is_content_with_a_recent_look_costs_none() {
+        let mut runtime = StandInRuntime::start();
+        let pods = pods(&runtime).await;
+        add_pod(&runtime, 1);
+        let age = Duration::from_secs(3600);
+        let all = futures_util::future::join_all((0..50).map(|_| pods.recent(age))).await;
+        assert!(all.into_iter().all(|table| table.unwrap().len() == 1));
+        assert_eq!(runtime.calls("ListPodSandbox"), 1);
+        assert!(pods.recent(Duration::ZERO).await.is_ok());
+        assert_eq!(runtime.calls("ListPodSandbox"), 2);
+        runtime.stop();
+        assert!(pods.recent(age).await.is_ok());
+        assert!(pods.recent(Duration::ZERO).await.is_err());
+        // A failure is as recent as any.
+        assert!(pods.recent(age).await.is_err());
     }
 
     #[tokio::test]

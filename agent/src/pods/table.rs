@@ -137,12 +137,15 @@ impl PodTable {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::{drain::report::PodName, ids::NetnsInode, pods::Container};
+    use crate::{
+        ids::{NetnsInode, PodName},
+        pods::Container,
+    };
 
     /// A pod `shop/NAME` of running containers.
-    pub(in crate::pods) fn pod(uid: &str, name: &str, containers: &[&str]) -> Pod {
+    pub(crate) fn pod(uid: &str, name: &str, containers: &[&str]) -> Pod {
         Pod {
             name: PodName {
                 uid: PodUid::new(uid),
@@ -163,6 +166,7 @@ pub(super) mod tests {
                     name: (*id).into(),
                     running: true,
                     grace: None,
+                    wait_port: Ok(None),
                 })
                 .collect(),
         }

@@ -5,18 +5,22 @@
 //! probe, changed definition) never is: it would block the pod's worker in the kubelet, a later deletion
 //! included. The evidence, in order of weight:
 //!
-//! 1. The API server says that the pod is being deleted, or that it is not.
-//! 2. Without it: a preStop wait of the pod is in progress, which is what the pod asked for; or the
-//!    kubelet has called StopPodSandbox for it.
+//! 1. The API server says that the pod is being deleted.
+//! 2. The kubelet has called StopPodSandbox for it, which is the pod's end whatever the API server says of it
+//!    ([`sandbox_ends`]). Or, where the API server says nothing, a preStop wait of the
+//!    pod is in progress, which is what the pod asked for.
 //! 3. Else: the kubelet stops all containers of a pod at once (`killContainersWithSyncResult`,
 //!    `pkg/kubelet/kuberuntime/kuberuntime_container.go`). When all that run are asked to stop within
 //!    [`TOGETHER`], and they are two at least, it is the end. Their calls arrive one by one, so the first
-//!    ones have to wait for the rest.
-//! 4. A pod of one running container can't be told: not held, unless `hold_unknown` is set.
+//!    ones have to wait for the rest. Where the API server says that the pod is not being deleted, this is how an
+//!    eviction or the node's shutdown looks, which set no deletionTimestamp; then all of them have to run still,
+//!    since the restart of several containers stops them one after the other (`SyncPod`,
+//!    `pkg/kubelet/kuberuntime/kuberuntime_manager.go`).
+//! 4. A pod of one running container can't be told: not held, unless `hold_unknown` is set and there is no API
+//!    server to say that it is not being deleted.
 //!
 //! It errs towards not holding. Sidecars (restartable init containers) are stopped after the main
-//! containers, so rule 3 does not see the end of a pod that has them; nor does rule 1 see evictions and
-//! node shutdowns, which set no deletionTimestamp.
+//! containers, so rule 3 does not see the end of a pod that has them.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -26,7 +30,7 @@ use std::{
 use super::Pod;
 use crate::{
     clock::BootTime,
-    ids::{ContainerId, PodUid, SandboxId},
+    ids::{ContainerId, SandboxId},
 };
 
 /// How far apart the stops of one pod's containers may be.
@@ -106,11 +110,19 @@ impl NoWhy {
     }
 }
 
+/// What a StopPodSandbox of the pod ends, if it is to be held: a sandbox is stopped for no other reason than its pod's
+/// end, eviction and the node's shutdown included, which set no deletionTimestamp. `None` if there is nothing to
+/// wait for: nothing runs in it. What is in a drain may have flows all the same, of a process of somebody else's or
+/// with bytes that are not sent yet.
+pub fn sandbox_ends(pod: &Pod, drains_flows: bool) -> Option<YesWhy> {
+    (drains_flows || pod.containers.iter().any(|c| c.running)).then_some(YesWhy::SandboxStop)
+}
+
 /// Remembers the recent stops of each pod, and judges.
 #[derive(Debug)]
 pub struct StopWatch {
     hold_unknown: bool,
-    stops: HashMap<PodUid, HashMap<ContainerId, BootTime>>,
+    stops: HashMap<ContainerId, BootTime>,
     sandboxes: HashMap<SandboxId, BootTime>,
 }
 
@@ -124,20 +136,11 @@ impl StopWatch {
         }
     }
 
-    /// StopContainer was called. `pod` should be fresh: which containers run matters.
-    pub fn stop_requested(
-        &mut self,
-        pod: &Pod,
-        container: &ContainerId,
-        evidence: Evidence,
-        now: BootTime,
-    ) -> Verdict {
-        self.forget(now);
-        self.stops
-            .entry(pod.name.uid.clone())
-            .or_default()
-            .insert(container.clone(), now);
-        self.judge(pod, container, evidence, now)
+    /// StopContainer was called at `arrived`: whoever waits for a verdict on this pod should ask again. To be told
+    /// before anything is waited for, since how far apart the calls are is counted from here.
+    pub fn stop_requested(&mut self, container: &ContainerId, arrived: BootTime) {
+        self.forget(arrived);
+        self.stops.insert(container.clone(), arrived);
     }
 
     /// StopPodSandbox was called: whoever waits for a verdict on this pod should ask again.
@@ -146,8 +149,9 @@ impl StopWatch {
         self.sandboxes.insert(sandbox.clone(), now);
     }
 
-    /// Asks again about a stop that is waiting. It is not counted as another one.
-    pub fn ask_again(
+    /// Whether a stop that was requested is part of its pod's end. `pod` should be fresh: which containers run
+    /// matters. May be asked again.
+    pub fn ask(
         &mut self,
         pod: &Pod,
         container: &ContainerId,
@@ -165,27 +169,39 @@ impl StopWatch {
         evidence: Evidence,
         now: BootTime,
     ) -> Verdict {
-        match evidence.deleting {
-            Some(true) => return Verdict::Yes(YesWhy::Deleting),
-            Some(false) => return Verdict::No(NoWhy::NotDeleting),
-            None => {}
+        if evidence.deleting == Some(true) {
+            return Verdict::Yes(YesWhy::Deleting);
         }
-        if evidence.prestop_wait {
-            return Verdict::Yes(YesWhy::PrestopWait);
+        let denied = evidence.deleting == Some(false);
+        match self.judge_by_stops(pod, container, denied, now) {
+            by_stops @ Verdict::Yes(YesWhy::SandboxStop | YesWhy::AllContainers) => by_stops,
+            // The stops say nothing, or not yet.
+            _ if evidence.prestop_wait && !denied => Verdict::Yes(YesWhy::PrestopWait),
+            by_stops => by_stops,
         }
+    }
+
+    fn judge_by_stops(
+        &self,
+        pod: &Pod,
+        container: &ContainerId,
+        denied: bool,
+        now: BootTime,
+    ) -> Verdict {
+        let no = |why| Verdict::No(if denied { NoWhy::NotDeleting } else { why });
         if self.sandboxes.contains_key(&pod.sandbox) {
             return Verdict::Yes(YesWhy::SandboxStop);
         }
-        let stops = self.stops.get(&pod.name.uid);
-        let Some(&asked) = stops.and_then(|s| s.get(container)) else {
+        let Some(&asked) = self.stops.get(container) else {
             // Forgotten: it has waited long enough.
-            return Verdict::No(NoWhy::OthersRun);
+            return no(NoWhy::OthersRun);
         };
-        let together: HashSet<&ContainerId> = stops
-            .into_iter()
-            .flatten()
-            .filter(|(_, at)| at.since(asked).max(asked.since(**at)) <= TOGETHER)
-            .map(|(id, _)| id)
+        let is_near = |at: &BootTime| at.since(asked).max(asked.since(*at)) <= TOGETHER;
+        let together: HashSet<&ContainerId> = pod
+            .containers
+            .iter()
+            .map(|c| &c.id)
+            .filter(|id| self.stops.get(id).is_some_and(is_near))
             .collect();
         let running = || pod.containers.iter().filter(|c| c.running).map(|c| &c.id);
         // One that stopped quickly does not run any more, and still was one of several. By name: a restarted
@@ -197,28 +213,26 @@ impl StopWatch {
             .collect::<HashSet<_>>()
             .len();
         if involved < 2 {
-            return match self.hold_unknown {
+            return match self.hold_unknown && !denied {
                 true => Verdict::Yes(YesWhy::HoldUnknown),
-                false => Verdict::No(NoWhy::OnlyContainer),
+                false => no(NoWhy::OnlyContainer),
             };
         }
-        if running().all(|id| together.contains(id)) {
+        let all_run = || running().filter(|id| together.contains(id)).count() == together.len();
+        if running().all(|id| together.contains(id)) && (!denied || all_run()) {
             return Verdict::Yes(YesWhy::AllContainers);
         }
         let patience = asked + TOGETHER;
         if now < patience {
             Verdict::WaitUntil(patience)
         } else {
-            Verdict::No(NoWhy::OthersRun)
+            no(NoWhy::OthersRun)
         }
     }
 
     fn forget(&mut self, now: BootTime) {
         self.sandboxes.retain(|_, at| now.since(*at) < REMEMBERED);
-        self.stops.retain(|_, stops| {
-            stops.retain(|_, at| now.since(*at) < REMEMBERED);
-            !stops.is_empty()
-        });
+        self.stops.retain(|_, at| now.since(*at) < REMEMBERED);
     }
 }
 
@@ -240,6 +254,18 @@ mod tests {
         ContainerId::new(id)
     }
 
+    /// A stop that is asked about as soon as it arrives.
+    fn requested(
+        stops: &mut StopWatch,
+        pod: &Pod,
+        container: &ContainerId,
+        evidence: Evidence,
+        now: BootTime,
+    ) -> Verdict {
+        stops.stop_requested(container, now);
+        stops.ask(pod, container, evidence, now)
+    }
+
     fn exited(mut pod: Pod, id: &str) -> Pod {
         pod.containers
             .iter_mut()
@@ -257,10 +283,48 @@ mod tests {
                 deleting: Some(deleting),
                 prestop_wait: true,
             };
-            stops.stop_requested(&pod, &id("a"), evidence, at(0))
+            requested(&mut stops, &pod, &id("a"), evidence, at(0))
         };
         assert_eq!(ask(true), Verdict::Yes(YesWhy::Deleting));
         assert_eq!(ask(false), Verdict::No(NoWhy::NotDeleting));
+    }
+
+    const DENIED: Evidence = Evidence {
+        deleting: Some(false),
+        prestop_wait: false,
+    };
+
+    #[test]
+    fn containers_that_stop_together_are_the_end_of_a_pod_that_nobody_deletes() {
+        let pod = pod("u1", "web", &["a", "b"]);
+        let mut stops = StopWatch::new(false);
+        let first = requested(&mut stops, &pod, &id("a"), DENIED, at(0));
+        assert_eq!(first, Verdict::WaitUntil(at(1000)));
+        let second = requested(&mut stops, &pod, &id("b"), DENIED, at(4));
+        assert_eq!(second, Verdict::Yes(YesWhy::AllContainers));
+        let first = stops.ask(&pod, &id("a"), DENIED, at(4));
+        assert_eq!(first, Verdict::Yes(YesWhy::AllContainers));
+    }
+
+    #[test]
+    fn containers_that_are_restarted_one_after_the_other_are_not() {
+        let both = pod("u1", "web", &["a", "b"]);
+        let mut stops = StopWatch::new(true);
+        requested(&mut stops, &both, &id("a"), DENIED, at(0));
+        let rest = exited(both, "a");
+        let second = requested(&mut stops, &rest, &id("b"), DENIED, at(500));
+        assert_eq!(second, Verdict::WaitUntil(at(1500)));
+        let second = stops.ask(&rest, &id("b"), DENIED, at(1500));
+        assert_eq!(second, Verdict::No(NoWhy::NotDeleting));
+    }
+
+    #[test]
+    fn a_sandbox_that_is_stopped_is_the_end_of_a_pod_that_nobody_deletes() {
+        let pod = pod("u1", "web", &["a"]);
+        let mut stops = StopWatch::new(false);
+        stops.sandbox_stop_requested(&pod.sandbox, at(0));
+        let verdict = requested(&mut stops, &pod, &id("a"), DENIED, at(10));
+        assert_eq!(verdict, Verdict::Yes(YesWhy::SandboxStop));
     }
 
     #[test]
@@ -270,8 +334,22 @@ mod tests {
             prestop_wait: true,
             ..NOTHING
         };
-        let verdict = StopWatch::new(false).stop_requested(&pod, &id("a"), evidence, at(0));
+        let verdict = requested(&mut StopWatch::new(false), &pod, &id("a"), evidence, at(0));
         assert_eq!(verdict, Verdict::Yes(YesWhy::PrestopWait));
+    }
+
+    #[test]
+    fn stops_of_all_containers_say_more_than_the_drain_that_the_first_of_them_began() {
+        let pod = pod("u1", "web", &["a", "b"]);
+        let evidence = Evidence {
+            prestop_wait: true,
+            ..NOTHING
+        };
+        let mut stops = StopWatch::new(false);
+        stops.stop_requested(&id("a"), at(0));
+        stops.stop_requested(&id("b"), at(1));
+        let verdict = stops.ask(&pod, &id("b"), evidence, at(2));
+        assert_eq!(verdict, Verdict::Yes(YesWhy::AllContainers));
     }
 
     #[test]
@@ -279,21 +357,44 @@ mod tests {
         let (mine, other) = (pod("u1", "web", &["a"]), pod("u2", "db", &["x"]));
         let mut stops = StopWatch::new(false);
         stops.sandbox_stop_requested(&mine.sandbox, at(0));
-        let verdict = stops.stop_requested(&mine, &id("a"), NOTHING, at(10));
+        let verdict = requested(&mut stops, &mine, &id("a"), NOTHING, at(10));
         assert_eq!(verdict, Verdict::Yes(YesWhy::SandboxStop));
-        let verdict = stops.stop_requested(&other, &id("x"), NOTHING, at(10));
+        let verdict = requested(&mut stops, &other, &id("x"), NOTHING, at(10));
         assert_eq!(verdict, Verdict::No(NoWhy::OnlyContainer));
+    }
+
+    #[test]
+    fn a_sandbox_stop_passes_no_hold_of_a_pod_that_nobody_deletes() {
+        let both = pod("u1", "web", &["a", "b"]);
+        let mut stops = StopWatch::new(false);
+        requested(&mut stops, &both, &id("a"), DENIED, at(0));
+        let held = requested(&mut stops, &both, &id("b"), DENIED, at(4));
+        assert_eq!(held, Verdict::Yes(YesWhy::AllContainers));
+        stops.sandbox_stop_requested(&both.sandbox, at(500));
+        assert_eq!(sandbox_ends(&both, true), Some(YesWhy::SandboxStop));
+        // Retries of the stops are as little a reason to let go.
+        let retried = requested(&mut stops, &both, &id("a"), DENIED, at(30_000));
+        assert_eq!(retried, Verdict::Yes(YesWhy::SandboxStop));
+    }
+
+    #[test]
+    fn a_sandbox_stop_is_held_if_something_runs_or_drains() {
+        let runs = pod("u1", "web", &["a"]);
+        let ended = exited(runs.clone(), "a");
+        assert_eq!(sandbox_ends(&runs, false), Some(YesWhy::SandboxStop));
+        assert_eq!(sandbox_ends(&ended, true), Some(YesWhy::SandboxStop));
+        assert_eq!(sandbox_ends(&ended, false), None);
     }
 
     #[test]
     fn all_running_containers_together_are_the_end() {
         let pod = exited(pod("u1", "web", &["a", "b", "done"]), "done");
         let mut stops = StopWatch::new(false);
-        let first = stops.stop_requested(&pod, &id("a"), NOTHING, at(0));
+        let first = requested(&mut stops, &pod, &id("a"), NOTHING, at(0));
         assert_eq!(first, Verdict::WaitUntil(at(1000)));
-        let second = stops.stop_requested(&pod, &id("b"), NOTHING, at(4));
+        let second = requested(&mut stops, &pod, &id("b"), NOTHING, at(4));
         assert_eq!(second, Verdict::Yes(YesWhy::AllContainers));
-        let first = stops.ask_again(&pod, &id("a"), NOTHING, at(4));
+        let first = stops.ask(&pod, &id("a"), NOTHING, at(4));
         assert_eq!(first, Verdict::Yes(YesWhy::AllContainers));
     }
 
@@ -301,9 +402,9 @@ mod tests {
     fn a_container_that_stops_at_once_does_not_make_the_other_the_only_one() {
         let both = pod("u1", "web", &["a", "b"]);
         let mut stops = StopWatch::new(false);
-        stops.stop_requested(&both, &id("a"), NOTHING, at(0));
+        requested(&mut stops, &both, &id("a"), NOTHING, at(0));
         let rest = exited(both, "a");
-        let verdict = stops.stop_requested(&rest, &id("b"), NOTHING, at(5));
+        let verdict = requested(&mut stops, &rest, &id("b"), NOTHING, at(5));
         assert_eq!(verdict, Verdict::Yes(YesWhy::AllContainers));
     }
 
@@ -312,8 +413,8 @@ mod tests {
         let mut pod = exited(pod("u1", "web", &["a1", "a2"]), "a1");
         pod.containers.iter_mut().for_each(|c| c.name = "a".into());
         let mut stops = StopWatch::new(false);
-        stops.stop_requested(&pod, &id("a1"), NOTHING, at(0));
-        let verdict = stops.stop_requested(&pod, &id("a2"), NOTHING, at(500));
+        requested(&mut stops, &pod, &id("a1"), NOTHING, at(0));
+        let verdict = requested(&mut stops, &pod, &id("a2"), NOTHING, at(500));
         assert_eq!(verdict, Verdict::No(NoWhy::OnlyContainer));
     }
 
@@ -321,14 +422,34 @@ mod tests {
     fn one_of_several_is_a_restart_after_a_second() {
         let pod = pod("u1", "web", &["a", "b"]);
         let mut stops = StopWatch::new(true);
-        stops.stop_requested(&pod, &id("a"), NOTHING, at(0));
-        let early = stops.ask_again(&pod, &id("a"), NOTHING, at(999));
+        requested(&mut stops, &pod, &id("a"), NOTHING, at(0));
+        let early = stops.ask(&pod, &id("a"), NOTHING, at(999));
         assert_eq!(early, Verdict::WaitUntil(at(1000)));
-        let late = stops.ask_again(&pod, &id("a"), NOTHING, at(1000));
+        let late = stops.ask(&pod, &id("a"), NOTHING, at(1000));
         assert_eq!(late, Verdict::No(NoWhy::OthersRun));
         // Too far from the first to be the same event.
-        let other = stops.stop_requested(&pod, &id("b"), NOTHING, at(1500));
+        let other = requested(&mut stops, &pod, &id("b"), NOTHING, at(1500));
         assert_eq!(other, Verdict::WaitUntil(at(2500)));
+    }
+
+    #[test]
+    fn how_far_apart_stops_are_is_counted_from_their_arrival_and_not_from_when_they_are_asked_about()
+     {
+        let pod = pod("u1", "web", &["a", "b"]);
+        let mut stops = StopWatch::new(false);
+        stops.stop_requested(&id("a"), at(0));
+        stops.stop_requested(&id("b"), at(900));
+        // The runtime and the API server took their time to answer about the one, and none about the other.
+        let slow = stops.ask(&pod, &id("a"), NOTHING, at(1300));
+        assert_eq!(slow, Verdict::Yes(YesWhy::AllContainers));
+        let mut stops = StopWatch::new(false);
+        stops.stop_requested(&id("a"), at(0));
+        stops.stop_requested(&id("b"), at(1100));
+        let slow = stops.ask(&pod, &id("a"), NOTHING, at(1300));
+        assert_eq!(slow, Verdict::No(NoWhy::OthersRun));
+        // Nobody waits for a second that is over.
+        let quick = stops.ask(&pod, &id("b"), NOTHING, at(1300));
+        assert_eq!(quick, Verdict::WaitUntil(at(2100)));
     }
 
     #[test]
@@ -336,9 +457,9 @@ mod tests {
         let pod = pod("u1", "web", &["a", "b"]);
         let mut stops = StopWatch::new(false);
         for round in [0, 12_000] {
-            let first = stops.stop_requested(&pod, &id("a"), NOTHING, at(round));
+            let first = requested(&mut stops, &pod, &id("a"), NOTHING, at(round));
             assert_eq!(first, Verdict::WaitUntil(at(round + 1000)));
-            let second = stops.stop_requested(&pod, &id("b"), NOTHING, at(round + 3));
+            let second = requested(&mut stops, &pod, &id("b"), NOTHING, at(round + 3));
             assert_eq!(second, Verdict::Yes(YesWhy::AllContainers));
         }
     }
@@ -347,7 +468,13 @@ mod tests {
     fn the_only_container_is_held_only_if_told_to() {
         let pod = exited(pod("u1", "web", &["a", "init"]), "init");
         let ask = |hold_unknown| {
-            StopWatch::new(hold_unknown).stop_requested(&pod, &id("a"), NOTHING, at(0))
+            requested(
+                &mut StopWatch::new(hold_unknown),
+                &pod,
+                &id("a"),
+                NOTHING,
+                at(0),
+            )
         };
         assert_eq!(ask(false), Verdict::No(NoWhy::OnlyContainer));
         assert_eq!(ask(true), Verdict::Yes(YesWhy::HoldUnknown));
@@ -358,11 +485,11 @@ mod tests {
         let mut stops = StopWatch::new(false);
         for n in 0..1000 {
             let pod = pod(&format!("u{n}"), "web", &["a", "b"]);
-            stops.stop_requested(&pod, &id("a"), NOTHING, at(n));
+            requested(&mut stops, &pod, &id("a"), NOTHING, at(n));
             stops.sandbox_stop_requested(&pod.sandbox, at(n));
         }
         let pod = pod("u0", "web", &["a", "b"]);
-        let verdict = stops.ask_again(&pod, &id("a"), NOTHING, at(62_000));
+        let verdict = stops.ask(&pod, &id("a"), NOTHING, at(62_000));
         assert_eq!(verdict, Verdict::No(NoWhy::OthersRun));
         assert!(stops.stops.is_empty() && stops.sandboxes.is_empty());
     }

@@ -1,6 +1,6 @@
 //! Prometheus metrics (`GET /metrics` on the node port).
 
-use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -13,37 +13,53 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{drain::report::Report, kernel::WorkloadCount};
+use super::events::Dropped;
+use crate::{audits, drain::report::Report, kernel::WorkloadCount};
 
-/// Why a drain ended. From a fixed set of words, so that a label can't grow without bound.
+/// Why a drain ended, or an Event was dropped. From a fixed set of words, so that a label can't grow without bound.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: &'static str,
 }
 
-/// What was lost.
+/// Why a call was not held.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Passed {
+    reason: &'static str,
+    evidence: &'static str,
+}
+
+/// The names of `ebb_common::LOST_…`.
+const LOSS_KINDS: [&str; ebb_common::LOSSES] = ["storage", "workload", "event", "listener"];
+
+/// What was lost, or looked at how.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Kind {
     kind: &'static str,
 }
 
-/// Who opened the flows.
+/// What became of something.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Direction {
-    direction: &'static str,
+struct Outcome {
+    outcome: &'static str,
 }
 
 /// The agent's metrics.
+#[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     drains: Family<Reason, Counter<u64, AtomicU64>>,
     held: Histogram,
     cut: Counter<u64, AtomicU64>,
     late: Counter<u64, AtomicU64>,
-    passes: Family<Reason, Counter<u64, AtomicU64>>,
+    looks: Family<Kind, Counter<u64, AtomicU64>>,
+    passes: Family<Passed, Counter<u64, AtomicU64>>,
     active: Gauge<i64, AtomicI64>,
-    flows: Family<Direction, Gauge<i64, AtomicI64>>,
-    lost: Family<Kind, Gauge<i64, AtomicI64>>,
+    flows: Gauge<i64, AtomicI64>,
+    lost: Family<Kind, Counter<u64, AtomicU64>>,
+    drift: Counter<u64, AtomicU64>,
+    audits: Family<Outcome, Counter<u64, AtomicU64>>,
+    events_dropped: Family<Reason, Counter<u64, AtomicU64>>,
 }
 
 impl Default for Metrics {
@@ -55,12 +71,19 @@ impl Default for Metrics {
             held: held.clone(),
             cut: Counter::default(),
             late: Counter::default(),
+            looks: Family::default(),
             passes: Family::default(),
             active: Gauge::default(),
-            flows: Family::default(),
+            flows: Gauge::default(),
             lost: Family::default(),
+            drift: Counter::default(),
+            audits: Family::default(),
+            events_dropped: Family::default(),
             registry: Registry::default(),
         };
+        for outcome in audits::Outcome::ALL.map(audits::Outcome::name) {
+            drop(metrics.audits.get_or_create(&Outcome { outcome }));
+        }
         let r = &mut registry;
         r.register(
             "drains",
@@ -84,20 +107,40 @@ impl Default for Metrics {
             metrics.late.clone(),
         );
         r.register(
+            "drain_looks",
+            "Looks at the connections of draining pods, by kind: walks of all connections of the node, or lookups",
+            metrics.looks.clone(),
+        );
+        r.register(
             "holds_passed",
-            "Calls that were not held, by reason",
+            "Calls that were not held, by reason, and by the evidence where they were not known to be a pod's end",
             metrics.passes.clone(),
         );
         r.register("drains_active", "Drains under way", metrics.active.clone());
         r.register(
             "flows",
-            "TCP flows on the node, by direction",
+            "Inbound TCP flows on the node",
             metrics.flows.clone(),
         );
         r.register(
             "kernel_losses",
             "What the BPF programs could not record, since the start",
             metrics.lost.clone(),
+        );
+        r.register(
+            "accounting_drift",
+            "Flows by which the counters differed from the kernel's tables",
+            metrics.drift.clone(),
+        );
+        r.register(
+            "audits",
+            "Audits of pods whose drains were over, by outcome",
+            metrics.audits.clone(),
+        );
+        r.register(
+            "events_dropped",
+            "Kubernetes Events that were not written, by reason",
+            metrics.events_dropped.clone(),
         );
         Self {
             registry,
@@ -121,14 +164,33 @@ impl Metrics {
             .observe(std::time::Duration::from_millis(report.held_ms).as_secs_f64());
         self.cut.inc_by(report.cut_total.unwrap_or(0).into());
         self.late.inc_by(report.arrived.unwrap_or(0).into());
+        for (kind, n) in [("walk", report.walks), ("lookup", report.lookups)] {
+            self.looks.get_or_create(&Kind { kind }).inc_by(n.into());
+        }
     }
 
     /// A call was not held.
-    pub fn passed(&self, why: &'static str) {
-        self.passes.get_or_create(&Reason { reason: why }).inc();
+    pub fn passed(&self, reason: &'static str, evidence: Option<&'static str>) {
+        let evidence = evidence.unwrap_or("none");
+        self.passes
+            .get_or_create(&Passed { reason, evidence })
+            .inc();
     }
 
-    /// The exposition text, with the kernel's counters of this moment.
+    /// An audit after a drain was made, or was not.
+    pub(crate) fn audited(&self, outcome: audits::Outcome) {
+        let outcome = outcome.name();
+        self.audits.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    /// An Event was not written.
+    pub fn event_dropped(&self, why: Dropped) {
+        let reason = why.name();
+        self.events_dropped.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// The exposition text, with the kernel's counters of this moment, its losses by `ebb_common::LOST_…`, and by
+    /// how many flows audits have found the counters wrong.
     ///
     /// # Errors
     ///
@@ -137,15 +199,15 @@ impl Metrics {
         &self,
         counts: &[WorkloadCount],
         losses: [u64; ebb_common::LOSSES],
+        drift: u64,
     ) -> Result<String, std::fmt::Error> {
-        let sum = |of: fn(&WorkloadCount) -> i64| counts.iter().map(of).sum();
-        let flows = |direction| self.flows.get_or_create_owned(&Direction { direction });
-        flows("inbound").set(sum(|c| c.inbound));
-        flows("outbound").set(sum(|c| c.outbound));
-        for (kind, n) in ["storage", "workload", "event"].into_iter().zip(losses) {
-            let n = i64::try_from(n).unwrap_or(i64::MAX);
-            self.lost.get_or_create_owned(&Kind { kind }).set(n);
+        self.flows.set(counts.iter().map(|c| c.inbound).sum());
+        // These two are counted elsewhere.
+        for (kind, n) in LOSS_KINDS.into_iter().zip(losses) {
+            let counter = self.lost.get_or_create_owned(&Kind { kind });
+            counter.inner().store(n, Ordering::Relaxed);
         }
+        self.drift.inner().store(drift, Ordering::Relaxed);
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)

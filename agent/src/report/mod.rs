@@ -1,6 +1,10 @@
-//! Telling people and programs: JSON shapes, tables, metrics.
+//! Telling people and programs: JSON shapes, tables, metrics, Events.
 
+pub mod events;
+pub mod explain;
 pub mod metrics;
+pub mod news;
+pub mod policies;
 pub mod table;
 pub mod tell;
 pub mod text;

@@ -1,10 +1,10 @@
 //! Aligned tables for people.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 
 use super::{
-    text::{bytes, duration},
-    view::{DrainList, FlowList, FlowView, PodList, PodView},
+    text::{bytes, duration, push_address, push_bytes, push_duration},
+    view::{AuditView, DrainList, FlowView, PodList, PodView, UntrackedPod},
 };
 use crate::{
     drain::report::{Phase, Report},
@@ -19,41 +19,87 @@ enum Align {
 }
 use Align::{Left, Right};
 
-/// A table under construction.
+/// A table under construction. A node has tables of 100,000 rows: the cells are kept end to end in one string.
 struct Table<const N: usize> {
     columns: [(&'static str, Align); N],
-    rows: Vec<[String; N]>,
+    text: String,
+    /// Of each cell: how long it is in `text`, and how wide, in characters.
+    cells: Vec<(u32, u32)>,
+    /// The widest cell of each column.
+    widths: [usize; N],
 }
 
 impl<const N: usize> Table<N> {
-    const fn new(columns: [(&'static str, Align); N]) -> Self {
-        Self {
+    fn new(columns: [(&'static str, Align); N]) -> Self {
+        let mut table = Self {
             columns,
-            rows: Vec::new(),
+            text: String::new(),
+            cells: Vec::new(),
+            widths: [0; N],
+        };
+        for (name, _) in columns {
+            table.cell(|text| text.push_str(name));
+        }
+        table
+    }
+
+    fn row(&mut self, cells: [&dyn Display; N]) {
+        for cell in cells {
+            self.cell(|text| {
+                // Writing to a string does not fail.
+                let _ = write!(text, "{cell}");
+            });
         }
     }
 
+    /// Appends the next cell, which `write` writes.
+    fn cell(&mut self, write: impl FnOnce(&mut String)) {
+        let start = self.text.len();
+        write(&mut self.text);
+        let cell = &self.text[start..];
+        let width = cell.chars().count();
+        let widest = &mut self.widths[self.cells.len() % N];
+        *widest = (*widest).max(width);
+        // A cell is far from 4 GiB.
+        self.cells.push((cell.len() as u32, width as u32));
+    }
+
     fn render(&self) -> String {
-        let width = |i: usize| {
-            let cells = self.rows.iter().map(|r| r[i].chars().count());
-            cells.chain([self.columns[i].0.len()]).max().unwrap_or(0)
-        };
-        let widths: [usize; N] = std::array::from_fn(width);
-        let mut out = String::new();
-        let heads = self.columns.map(|(name, _)| name.to_owned());
-        for row in std::iter::once(&heads).chain(&self.rows) {
-            let mut line = String::new();
-            for ((cell, (_, align)), w) in row.iter().zip(&self.columns).zip(widths) {
-                // Writing to a string does not fail.
-                let _ = match align {
-                    Left => write!(line, "{cell:<w$}  "),
-                    Right => write!(line, "{cell:>w$}  "),
-                };
+        let line = self.widths.iter().sum::<usize>() + 2 * N + 1;
+        let mut out = String::with_capacity(line * (self.cells.len() / N));
+        let mut rest = self.text.as_str();
+        for row in self.cells.chunks(N) {
+            for (((length, width), (_, align)), widest) in
+                row.iter().zip(&self.columns).zip(self.widths)
+            {
+                let (cell, later) = rest.split_at(*length as usize);
+                rest = later;
+                let blank = widest - *width as usize;
+                match align {
+                    Left => {
+                        out.push_str(cell);
+                        blanks(&mut out, blank);
+                    }
+                    Right => {
+                        blanks(&mut out, blank);
+                        out.push_str(cell);
+                    }
+                }
+                out.push_str("  ");
             }
-            out.push_str(line.trim_end());
+            out.truncate(out.trim_end_matches(' ').len());
             out.push('\n');
         }
         out
+    }
+}
+
+fn blanks(out: &mut String, mut n: usize) {
+    const BLANKS: &str = "                                ";
+    while n > 0 {
+        let some = n.min(BLANKS.len());
+        out.push_str(&BLANKS[..some]);
+        n -= some;
     }
 }
 
@@ -70,7 +116,7 @@ pub fn pods(list: &PodList) -> String {
         ("FLOWS", Left),
     ]);
     for p in &list.pods {
-        t.rows.push(pod_row(p));
+        t.row(pod_row(p).each_ref().map(|cell| cell as _));
     }
     let mut out = t.render();
     for p in &list.pods {
@@ -118,7 +164,7 @@ pub fn by_state(counts: &FlowCounts) -> String {
 }
 
 /// `ebb flows`.
-pub fn flows(list: &FlowList) -> String {
+pub fn flows(flows: impl Iterator<Item = FlowView>, untracked: &[UntrackedPod]) -> String {
     let mut t = Table::new([
         ("POD", Left),
         ("DIR", Left),
@@ -131,40 +177,75 @@ pub fn flows(list: &FlowList) -> String {
         ("OUT", Right),
         ("HOLDS", Left),
     ]);
-    for f in &list.flows {
-        t.rows.push(flow_row(f));
+    for f in flows {
+        flow_row(&mut t, &f);
     }
     let mut out = t.render();
-    for u in &list.untracked {
+    for u in untracked {
         let _ = writeln!(out, "{}: flows can't be seen: {}", u.pod, u.why);
     }
     out
 }
 
-fn flow_row(f: &FlowView) -> [String; 10] {
-    let age = f.age_ms.map_or_else(|| "?".into(), duration);
-    [
-        f.pod.clone(),
-        match f.direction {
-            Direction::Inbound => "in".into(),
-            Direction::Outbound => "out".into(),
-        },
-        f.state.name().into(),
-        f.remote.to_string(),
-        f.local.to_string(),
-        if f.older_than_agent && f.age_ms.is_some() {
-            format!(">{age}")
-        } else {
-            age
-        },
-        duration(f.quiet_ms),
-        bytes(f.bytes_in),
-        bytes(f.bytes_out),
-        match f.exempt {
-            None => "yes".into(),
-            Some(why) => format!("no: {}", why.name()),
-        },
-    ]
+fn flow_row(t: &mut Table<10>, f: &FlowView) {
+    t.cell(|text| {
+        text.push_str(&f.pod.namespace);
+        text.push('/');
+        text.push_str(&f.pod.name);
+    });
+    t.cell(|text| {
+        text.push_str(match f.direction {
+            Direction::Inbound => "in",
+            Direction::Outbound => "out",
+        });
+    });
+    t.cell(|text| text.push_str(f.state.name()));
+    t.cell(|text| push_address(text, f.remote));
+    t.cell(|text| push_address(text, f.local));
+    t.cell(|text| match f.age_ms {
+        None => text.push('?'),
+        Some(age) => {
+            if f.older_than_agent == Some(true) {
+                text.push('>');
+            }
+            push_duration(text, age);
+        }
+    });
+    t.cell(|text| push_duration(text, f.quiet_ms));
+    t.cell(|text| push_bytes(text, f.bytes_in));
+    t.cell(|text| push_bytes(text, f.bytes_out));
+    t.cell(|text| match f.exempt {
+        None => text.push_str("yes"),
+        Some(why) => {
+            text.push_str("no: ");
+            text.push_str(why.name());
+        }
+    });
+}
+
+/// `ebb audit`: one line, and one for each workload that was wrong.
+pub fn audit(found: &AuditView) -> String {
+    let a = &found.audit;
+    let mut out = format!(
+        "{} flows of {} workloads compared, {} flows of drift\n",
+        a.flows, a.workloads, a.drift
+    );
+    for d in &a.drifted {
+        let _ = writeln!(
+            out,
+            "corrected: cgroup {}, network namespace {}: {:+} inbound",
+            d.cgroup.0, d.netns.0, d.inbound
+        );
+    }
+    let rest = [
+        (u64::from(a.moving), "workloads never stood still"),
+        (a.uncounted, "flows can't be counted"),
+        (u64::from(a.unseen), "network namespaces can't be seen"),
+    ];
+    for (n, what) in rest.iter().filter(|(n, _)| *n > 0) {
+        let _ = writeln!(out, "{n} {what}");
+    }
+    out
 }
 
 /// `ebb drains`.
@@ -183,7 +264,7 @@ pub fn drains(list: &DrainList) -> String {
         ("LAG", Right),
     ]);
     for r in &list.drains {
-        t.rows.push(drain_row(r));
+        t.row(drain_row(r).each_ref().map(|cell| cell as _));
     }
     let mut out = t.render();
     for r in &list.drains {
@@ -249,7 +330,7 @@ mod tests {
     #[test]
     fn columns_are_as_wide_as_their_widest_cell_and_lines_do_not_trail() {
         let mut t = Table::new([("A", Left), ("LONG", Right), ("Z", Left)]);
-        t.rows.push(["wide cell".into(), "7".into(), String::new()]);
+        t.row([&"wide cell", &7, &""]);
         assert_eq!(t.render(), "A          LONG  Z\nwide cell     7\n");
     }
 
@@ -258,7 +339,7 @@ mod tests {
         let list = PodList {
             schema: super::super::view::SCHEMA.into(),
             pods: vec![PodView {
-                pod: crate::drain::report::PodName {
+                pod: crate::ids::PodName {
                     uid: crate::ids::PodUid::new("u"),
                     namespace: "default".into(),
                     name: "web".into(),

@@ -1,59 +1,63 @@
-//! Telling the world about drains. The one place where a drain's beginning and end become a log line and
-//! metrics, so that they can't disagree.
+//! Telling the world about pods. The one place where something becomes a log line, an Event and a metric, so that
+//! they can't disagree.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
-use super::{metrics::Metrics, table::by_state, text::duration};
+use super::{events::Events, metrics::Metrics, news::News};
 use crate::drain::{driver::DrainNotice, report::Report};
 
-/// Tells until there is nobody left to tell of.
-pub async fn tell(mut notices: mpsc::UnboundedReceiver<DrainNotice>, metrics: Arc<Metrics>) {
-    while let Some(notice) = notices.recv().await {
-        match notice {
-            DrainNotice::Began(report) => {
-                metrics.drain_began();
-                for warning in &report.warnings {
-                    tracing::warn!(pod = %report.pod, "{warning}");
+/// Who tells.
+#[derive(Clone)]
+pub struct Teller {
+    metrics: Arc<Metrics>,
+    events: Events,
+}
+
+impl Teller {
+    /// One that counts in `metrics` and writes `events`.
+    pub const fn new(metrics: Arc<Metrics>, events: Events) -> Self {
+        Self { metrics, events }
+    }
+
+    /// Tells of drains until there are none left to tell of. `over` is called with each that is.
+    pub async fn follow(
+        self,
+        mut notices: mpsc::UnboundedReceiver<DrainNotice>,
+        over: impl Fn(&Report) + Send,
+    ) {
+        while let Some(notice) = notices.recv().await {
+            match notice {
+                DrainNotice::Began(report) => {
+                    self.metrics.drain_began();
+                    News::began(&report).into_iter().for_each(|n| self.tell(n));
                 }
-                tracing::info!(pod = %report.pod, "{}", began(&report));
-            }
-            DrainNotice::Finished(report) => {
-                metrics.drain_ended(&report);
-                tracing::info!(pod = %report.pod, "{}", finished(&report));
+                DrainNotice::Blocked(report) => self.tell(News::blocked(&report)),
+                DrainNotice::Finished(report) => {
+                    self.metrics.drain_ended(&report);
+                    self.tell(News::finished(&report));
+                    over(&report);
+                }
             }
         }
     }
-}
 
-fn began(r: &Report) -> String {
-    format!(
-        "drain started: until {}, {} at most",
-        r.until,
-        duration(r.deadline_ms)
-    )
-}
-
-/// One line: why it ended, after how long, and what became of the flows.
-fn finished(r: &Report) -> String {
-    let reason = r.reason.map_or("unknown", |r| r.name());
-    let mut line = format!("released ({reason}) after {}", duration(r.held_ms));
-    // Writing to a string does not fail.
-    if let Some(flows) = &r.flows_at_start {
-        let _ = write!(line, ": {} at start", by_state(flows));
-    }
-    let _ = match (r.arrived, r.ended, r.cut_total) {
-        (Some(arrived), Some(ended), Some(cut)) => {
-            write!(line, ", {arrived} arrived, {ended} ended, {cut} cut")
+    /// Waits until the Events told so far are written or dropped, for `limit` at most.
+    pub async fn written(&self, limit: Duration) {
+        if !self.events.written(limit).await {
+            tracing::debug!("some Events were not written before the stop");
         }
-        _ => write!(line, ", nobody could see its connections"),
-    };
-    for c in r.cut.iter().take(3) {
-        let _ = write!(line, "; cut {} {}", c.remote, c.state);
     }
-    if let Some(detail) = &r.detail {
-        let _ = write!(line, " ({detail})");
+
+    /// Tells one thing of a pod.
+    pub fn tell(&self, news: News) {
+        let (pod, what, note) = (&news.pod, news.what.name(), &news.note);
+        if news.warning {
+            tracing::warn!(%pod, "{what}: {note}");
+        } else {
+            tracing::info!(%pod, "{what}: {note}");
+        }
+        self.events.send(news);
     }
-    line
 }

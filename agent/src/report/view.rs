@@ -3,20 +3,34 @@
 //! Every document has `"schema": "ebb.dev/v1"`. Within a schema fields are only ever added, durations are
 //! whole milliseconds (`…_ms`) and addresses are `IP:PORT` (IPv6 in brackets). Unknown is absent, never zero.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    clock::millis,
-    drain::report::{PodName, Report},
-    flow::{Direction, Exempt, Flow, FlowCounts, FlowState, Snapshot},
-    ids::ContainerId,
+    clock::{BootTime, millis},
+    drain::report::Report,
+    flow::{Direction, Exempt, Flow, FlowCounts, FlowState, Since, Snapshot},
+    ids::{ContainerId, PodName},
+    kernel::Audit,
     pods::{Pod, Scope},
 };
 
 /// The name of this set of shapes.
 pub const SCHEMA: &str = "ebb.dev/v1";
+
+/// `POST /v1/audit`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditView {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// What was found.
+    #[serde(flatten)]
+    pub audit: Audit,
+}
 
 /// `GET /v1/pods`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +59,7 @@ pub struct PodView {
     /// Different peers of these flows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peers: Option<u32>,
-    /// Flows that would not hold a drain: outbound, within the pod, on ignored ports.
+    /// Flows that would not hold a drain: outbound, within the pod, probes, on ignored ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exempt: Option<u32>,
     /// Age of the oldest inbound flow.
@@ -54,7 +68,7 @@ pub struct PodView {
     /// Why its flows can't be seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub untracked: Option<String>,
-    /// What is wrong with its `ebb.dev/` annotations.
+    /// What is wrong with its `ebb.dev/` annotations and with its wait port.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
@@ -151,8 +165,8 @@ pub struct UntrackedPod {
 /// One flow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowView {
-    /// `NAMESPACE/NAME` of the pod.
-    pub pod: String,
+    /// Its pod, which many have in common.
+    pub pod: Arc<PodName>,
     /// Who opened it.
     pub direction: Direction,
     /// What it is doing.
@@ -171,21 +185,26 @@ pub struct FlowView {
     /// Time since it was opened; at least that, where `older_than_agent`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub age_ms: Option<u64>,
-    /// It was open before the agent started.
-    pub older_than_agent: bool,
+    /// Whether it was open before the agent started. Absent where that is not known: its record is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub older_than_agent: Option<bool>,
     /// Time since the last byte either way.
     pub quiet_ms: u64,
     /// Bytes from the peer.
     pub bytes_in: u64,
     /// Bytes to the peer, acknowledged.
     pub bytes_out: u64,
+    /// The container whose cgroup, or one below it, the socket was made in: its name in the pod spec. Absent where it
+    /// is no known container's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<Arc<str>>,
 }
 
 impl FlowView {
-    /// A flow of a pod.
-    pub fn new(pod: &PodName, flow: &Flow) -> Self {
+    /// A flow of a pod, made by this container if that is known.
+    pub fn new(pod: &Arc<PodName>, flow: &Flow, container: Option<Arc<str>>) -> Self {
         Self {
-            pod: pod.to_string(),
+            pod: Arc::clone(pod),
             direction: flow.direction,
             state: flow.state,
             live: flow.state.is_live(),
@@ -194,10 +213,15 @@ impl FlowView {
             local: flow.local,
             remote: flow.remote,
             age_ms: flow.age.map(millis),
-            older_than_agent: flow.older_than_agent,
+            older_than_agent: match flow.since {
+                Since::Opening => Some(false),
+                Since::BeforeAgent => Some(true),
+                Since::Unknown => None,
+            },
             quiet_ms: millis(flow.quiet_for),
             bytes_in: flow.bytes_in,
             bytes_out: flow.bytes_out,
+            container,
         }
     }
 }
@@ -221,6 +245,140 @@ pub struct WaitReply {
     /// The caller's drain.
     #[serde(flatten)]
     pub report: Report,
+}
+
+/// One stop of a pod's container or sandbox, and what was decided about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopView {
+    /// When it arrived (RFC 3339, UTC).
+    pub at: String,
+    /// The pod.
+    pub pod: PodName,
+    /// `StopContainer` or `StopPodSandbox`.
+    pub call: String,
+    /// The container's name in the pod spec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// The timeout of a StopContainer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// How long its caller waits for the answer, if it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience_ms: Option<u64>,
+    /// Whether it was held; else it was passed at once.
+    pub held: bool,
+    /// Whether it was part of the pod's end, where that was asked and could be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ending: Option<bool>,
+    /// By what that was known, or why it could not be: `deleting`, `only-container`, …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<String>,
+    /// Why the hold ended, or why there was none. Absent while it is held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The latest moment of release, from its arrival.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// How long it was held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_ms: Option<u64>,
+}
+
+impl StopView {
+    /// A call of a pod that arrives now.
+    pub fn new(pod: &PodName, call: &str) -> Self {
+        Self {
+            at: rfc3339(BootTime::now()),
+            pod: pod.clone(),
+            call: call.into(),
+            container: None,
+            timeout_ms: None,
+            patience_ms: None,
+            held: false,
+            ending: None,
+            evidence: None,
+            reason: None,
+            deadline_ms: None,
+            held_ms: None,
+        }
+    }
+}
+
+/// A moment as reports give it (RFC 3339, UTC).
+pub fn rfc3339(t: BootTime) -> String {
+    humantime::format_rfc3339_millis(t.to_system_time()).to_string()
+}
+
+/// `GET /v1/explain?pod=NAME`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// The pod.
+    pub pod: PodName,
+    /// When this agent started: it knows of nothing before.
+    pub agent_since: String,
+    /// Whether the API server says that the pod is being deleted. Absent if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deleting: Option<bool>,
+    /// What is known of the pod as it is now. Absent if it is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub now: Option<PolicyView>,
+    /// Its drain, under way or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Report>,
+    /// Its last stops, newest first. The agent remembers 256 in all.
+    pub stops: Vec<StopView>,
+}
+
+/// A pod's policy in force, and what follows from it for a stop that comes now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyView {
+    /// Each setting.
+    pub settings: Vec<Setting>,
+    /// What is wrong with its annotations.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+    /// Its grace period, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grace_ms: Option<u64>,
+    /// What is left of it for the application.
+    pub reserve_ms: u64,
+    /// The longest hold of a StopContainer with all of the grace period, from a kubelet with the usual
+    /// `runtimeRequestTimeout`.
+    pub deadline_ms: u64,
+}
+
+/// A setting of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setting {
+    /// Its name, as in the annotation `ebb.dev/NAME`.
+    pub name: String,
+    /// Its value.
+    pub value: String,
+    /// Who says so.
+    pub from: Origin,
+}
+
+/// Where a setting comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// The pod's annotation.
+    Annotation,
+    /// The agent's flags or environment.
+    Node,
+    /// Nobody.
+    Default,
+}
+
+/// `GET /v1/version`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionView {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// The agent's version.
+    pub version: String,
 }
 
 /// What went wrong, for any request that fails.

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ebb::{
-    hold::wire::{HeldCall, HoldMessage, ReleaseReason},
+    hold::{
+        cri_proxy::ProxyOptions,
+        wire::{HeldCall, HoldMessage, PassedNotice},
+    },
     ids::{ContainerId, PodUid, SandboxId},
 };
 use http::HeaderMap;
@@ -14,24 +17,30 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::support::*;
 
-const STOP: &str = "/runtime.v1.RuntimeService/StopContainer";
-const STOP_SANDBOX: &str = "/runtime.v1.RuntimeService/StopPodSandbox";
-const VERSION: &str = "/runtime.v1.RuntimeService/Version";
+pub(crate) const STOP: &str = "/runtime.v1.RuntimeService/StopContainer";
+pub(crate) const STOP_SANDBOX: &str = "/runtime.v1.RuntimeService/StopPodSandbox";
+pub(crate) const VERSION: &str = "/runtime.v1.RuntimeService/Version";
 
 /// A proxy with a runtime and an agent.
-struct Node {
-    proxy: Proxy,
-    client: RawClient,
-    seen: mpsc::UnboundedReceiver<Seen>,
-    asked: mpsc::UnboundedReceiver<Conversation>,
-    agent: Option<AbortOnDropHandle<()>>,
+pub(crate) struct Node {
+    pub(crate) proxy: Proxy,
+    pub(crate) client: RawClient,
+    pub(crate) seen: mpsc::UnboundedReceiver<Seen>,
+    pub(crate) asked: mpsc::UnboundedReceiver<Conversation>,
+    pub(crate) told: mpsc::UnboundedReceiver<PassedNotice>,
+    pub(crate) agent: Option<AbortOnDropHandle<()>>,
     _runtime: Runtime,
 }
 
 impl Node {
-    async fn start() -> Self {
-        let proxy = Proxy::start().await;
-        let (agent, asked) = agent(&proxy.agent());
+    pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// With other options of the proxy.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut ProxyOptions)) -> Self {
+        let proxy = Proxy::start_with(change).await;
+        let (agent, asked, told) = agent_with_notices(&proxy.agent());
         let (runtime, seen) = Runtime::recording(&proxy.runtime());
         let client = proxy.raw().await;
         Self {
@@ -39,13 +48,14 @@ impl Node {
             client,
             seen,
             asked,
+            told,
             agent: Some(agent),
             _runtime: runtime,
         }
     }
 
     /// Begins a call.
-    fn call(
+    pub(crate) fn call(
         &self,
         path: &'static str,
         patience: Option<&'static str>,
@@ -58,20 +68,20 @@ impl Node {
         })
     }
 
-    fn stop(&self, timeout: i64) -> JoinHandle<Seen> {
+    pub(crate) fn stop(&self, timeout: i64) -> JoinHandle<Seen> {
         self.call(STOP, None, stop(timeout))
     }
 
-    async fn conversation(&mut self) -> Conversation {
+    pub(crate) async fn conversation(&mut self) -> Conversation {
         soon(self.asked.recv()).await.unwrap()
     }
 
     /// The call that has reached the runtime by now.
-    async fn forwarded(&mut self) -> Seen {
+    pub(crate) async fn forwarded(&mut self) -> Seen {
         soon(self.seen.recv()).await.unwrap()
     }
 
-    async fn forwarded_timeout(&mut self) -> i64 {
+    pub(crate) async fn forwarded_timeout(&mut self) -> i64 {
         self.forwarded()
             .await
             .decode::<StopContainerRequest>()
@@ -79,27 +89,23 @@ impl Node {
     }
 }
 
-fn stop(timeout: i64) -> Bytes {
+pub(crate) fn stop(timeout: i64) -> Bytes {
     grpc_frame(&StopContainerRequest {
         container_id: "c1".into(),
         timeout,
     })
 }
 
-fn holding(deadline_ms: u64, reserve_ms: u64) -> HoldMessage {
+pub(crate) fn holding(deadline_ms: u64, reserve_ms: u64) -> HoldMessage {
     HoldMessage::Holding {
         pod: PodUid::new("pod-1"),
         deadline_ms,
         reserve_ms,
+        extended: false,
     }
 }
 
-const RELEASE: HoldMessage = HoldMessage::Release {
-    reason: ReleaseReason::Drained,
-    held_ms: 1,
-};
-
-fn assert_about(elapsed: Duration, millis: u64) {
+pub(crate) fn assert_about(elapsed: Duration, millis: u64) {
     let expected = Duration::from_millis(millis);
     assert!(
         elapsed >= expected && elapsed < expected + Duration::from_millis(900),
@@ -233,6 +239,28 @@ async fn a_forced_kill_is_never_asked_about() {
     soon(node.call(STOP, Some("2S"), stop(30))).await.unwrap();
     assert_eq!(node.forwarded_timeout().await, 30);
     assert!(node.asked.try_recv().is_err());
+    // The agent is told of each of them, for `ebb explain`, in whichever order.
+    let mut told = Vec::new();
+    for _ in 0..5 {
+        let notice = soon(node.told.recv()).await.unwrap();
+        let HeldCall::StopContainer { timeout_ms, .. } = notice.call else {
+            panic!("{notice:?}");
+        };
+        assert_eq!(notice.why, "no-time");
+        told.push(timeout_ms);
+    }
+    told.sort_unstable();
+    assert_eq!(told, [0, 0, 1_000, 2_000, 30_000]);
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_without_an_answer_lets_the_call_pass_and_is_told_of_it_later() {
+    let mut node = Node::start().await;
+    let _call = node.stop(30);
+    drop(node.conversation().await);
+    assert_eq!(node.forwarded_timeout().await, 30);
+    let notice = soon(node.told.recv()).await.unwrap();
+    assert_eq!(notice.why, "agent-away");
 }
 
 #[tokio::test]
@@ -259,9 +287,26 @@ async fn a_silent_agent_is_waited_for_no_longer_than_its_time() {
     let started = Instant::now();
     let _call = node.stop(30);
     let mut agent = node.conversation().await;
-    assert_eq!(node.forwarded_timeout().await, 30);
+    // The whole takes no longer than the timeout it was given.
+    assert_eq!(node.forwarded_timeout().await, 27);
     assert_about(started.elapsed(), 2500);
     soon(agent.closed()).await;
+}
+
+#[tokio::test]
+async fn what_is_not_held_after_a_second_of_asking_goes_on_with_what_is_left() {
+    let mut node = Node::start().await;
+    for (timeout, after, left) in [(30, 1200, 28), (3, 1800, 1), (30, 200, 30)] {
+        let _call = node.call(STOP, Some("150S"), stop(timeout));
+        let mut agent = node.conversation().await;
+        tokio::time::sleep(Duration::from_millis(after)).await;
+        let why = "not-terminating".into();
+        agent.say(&HoldMessage::Pass { why }).await;
+        let forwarded = node.forwarded().await;
+        assert_eq!(forwarded.decode::<StopContainerRequest>().timeout, left);
+        let is_whole = forwarded.headers["grpc-timeout"] == "150S";
+        assert_eq!(is_whole, left == timeout, "after {after} ms");
+    }
 }
 
 #[tokio::test]
@@ -338,8 +383,28 @@ async fn a_hold_ends_in_time_for_an_impatient_caller() {
     let _call = node.call(STOP, Some("3500m"), stop(30));
     let mut agent = node.conversation().await;
     agent.say(&holding(60_000, 1_000)).await;
-    assert_eq!(node.forwarded_timeout().await, 29);
+    // What is forwarded ends in time, too, down to the reserve.
+    assert_eq!(node.forwarded_timeout().await, 1);
     assert_about(started.elapsed(), 500);
+}
+
+#[tokio::test]
+async fn a_hold_that_the_agent_extends_outlasts_its_timeout_and_not_its_caller() {
+    let mut node = Node::start().await;
+    let started = Instant::now();
+    let _call = node.call(STOP, Some("7500m"), stop(3));
+    let mut agent = node.conversation().await;
+    agent
+        .say(&HoldMessage::Holding {
+            pod: PodUid::new("pod-1"),
+            deadline_ms: 60_000,
+            reserve_ms: 1_000,
+            extended: true,
+        })
+        .await;
+    assert_eq!(node.forwarded_timeout().await, 1);
+    // 7.5 s less a margin of 2 s and a reserve of 1 s.
+    assert_about(started.elapsed(), 4_500);
 }
 
 #[tokio::test]
@@ -520,5 +585,71 @@ async fn a_proxy_that_is_stopped_does_not_wait_for_endless_streams() {
     soon(&mut proxy.serving).await.unwrap();
     assert!(started.elapsed() < Duration::from_secs(2));
     soon(cancelled.recv()).await;
+    assert!(soon(call).await.unwrap().is_err());
+}
+
+/// A runtime whose containers take until the test says so to stop, and that answers all else.
+fn slow_to_stop(proxy: &Proxy) -> (Runtime, mpsc::UnboundedReceiver<()>, mpsc::Sender<()>) {
+    let (called, calls) = mpsc::unbounded_channel();
+    let (stopped, wait) = mpsc::channel::<()>(1);
+    let wait = std::sync::Arc::new(tokio::sync::Mutex::new(wait));
+    let runtime = Runtime::start(&proxy.runtime(), move |request| {
+        let (called, wait) = (called.clone(), wait.clone());
+        async move {
+            if request.uri().path() == STOP {
+                let _ = called.send(());
+                wait.lock().await.recv().await;
+            }
+            ok(frame(&[]))
+        }
+    });
+    (runtime, calls, stopped)
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_stopped_serves_on_until_a_forwarded_stop_is_answered() {
+    let mut proxy = Proxy::start().await;
+    let (_runtime, mut calls, stopped) = slow_to_stop(&proxy);
+    let client = proxy.raw().await;
+    let call = tokio::spawn({
+        let client = client.clone();
+        async move { client.unary(STOP, &[], stop(30)).await }
+    });
+    soon(calls.recv()).await.unwrap();
+    proxy.shutdown.cancel();
+    // Much longer than a proxy that nobody waits for takes to end.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert!(!call.is_finished() && !proxy.serving.is_finished());
+    // Nobody else has to wait meanwhile, whether connected before or not; and nobody is held.
+    let (_agent, mut asked) = agent(&proxy.agent());
+    soon(client.unary(VERSION, &[("grpc-timeout", "5S")], frame(b""))).await;
+    let other = proxy.raw().await;
+    soon(other.unary(VERSION, &[("grpc-timeout", "5S")], frame(b""))).await;
+    let second = tokio::spawn(async move { other.unary(STOP, &[], stop(30)).await });
+    soon(calls.recv()).await;
+    assert!(
+        asked.try_recv().is_err(),
+        "a proxy that stops holds nothing"
+    );
+
+    stopped.send(()).await.unwrap();
+    assert_eq!(soon(call).await.unwrap().trailers, Some(trailers("0")));
+    assert!(!proxy.serving.is_finished(), "the second is not answered");
+    stopped.send(()).await.unwrap();
+    assert_eq!(soon(second).await.unwrap().trailers, Some(trailers("0")));
+    soon(&mut proxy.serving).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_stopped_waits_for_an_answer_no_longer_than_it_may() {
+    let mut proxy =
+        Proxy::start_with(|options| options.answer_within = Duration::from_millis(500)).await;
+    let (_runtime, mut calls, _stopped) = slow_to_stop(&proxy);
+    let client = proxy.raw().await;
+    let body = whole(stop(30), HeaderMap::new());
+    let call = tokio::spawn(async move { client.send(request(STOP, &[], body)).await });
+    soon(calls.recv()).await.unwrap();
+    proxy.shutdown.cancel();
+    soon(&mut proxy.serving).await.unwrap();
     assert!(soon(call).await.unwrap().is_err());
 }

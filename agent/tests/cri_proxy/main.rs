@@ -2,6 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod crowd;
 mod hold;
+mod memory;
 mod passing;
+mod runtime_changes;
+mod stopping;
+mod successor;
 mod support;

@@ -11,9 +11,12 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use ebb::hold::{
-    cri_proxy::{ProxyOptions, listen, serve},
-    wire::{HoldMessage, HoldRequest},
+use ebb::{
+    hold::{
+        cri_proxy::{ProxyOptions, serve},
+        wire::{HoldMessage, HoldRequest, PassedNotice, ReleaseReason},
+    },
+    listen,
 };
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
@@ -212,6 +215,12 @@ impl Drop for Runtime {
     }
 }
 
+/// What the agent says when nothing is left to wait for.
+pub(crate) const RELEASE: HoldMessage = HoldMessage::Release {
+    reason: ReleaseReason::Drained,
+    held_ms: 1,
+};
+
 /// One hold request as the scripted agent sees it.
 pub(crate) struct Conversation {
     pub(crate) request: HoldRequest,
@@ -245,35 +254,69 @@ impl Conversation {
 
 /// Starts an agent that shows each hold request to the test, which answers by the conversation.
 pub(crate) fn agent(path: &Path) -> (AbortOnDropHandle<()>, mpsc::UnboundedReceiver<Conversation>) {
+    let (agent, asked, _) = agent_with_notices(path);
+    (agent, asked)
+}
+
+/// One that shows also what it is told of calls that were passed.
+pub(crate) fn agent_with_notices(
+    path: &Path,
+) -> (
+    AbortOnDropHandle<()>,
+    mpsc::UnboundedReceiver<Conversation>,
+    mpsc::UnboundedReceiver<PassedNotice>,
+) {
     let listener = UnixListener::bind(path).unwrap();
     let (sender, receiver) = mpsc::unbounded_channel();
+    let (notices, told) = mpsc::unbounded_channel();
     let server = async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let sender = sender.clone();
+            let (sender, notices) = (sender.clone(), notices.clone());
             tokio::spawn(async move {
-                let request = read_request(&mut stream).await;
-                let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
-                let _ = stream.write_all(head.as_bytes()).await;
-                let _ = sender.send(Conversation { request, stream });
+                match read_request(&mut stream).await {
+                    Asked::Notice(notice) => {
+                        let _ = notices.send(notice);
+                        let _ = stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await;
+                    }
+                    Asked::Hold(request) => {
+                        let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+                        let _ = stream.write_all(head.as_bytes()).await;
+                        let _ = sender.send(Conversation { request, stream });
+                    }
+                }
             });
         }
     };
-    (AbortOnDropHandle::new(tokio::spawn(server)), receiver)
+    let server = AbortOnDropHandle::new(tokio::spawn(server));
+    (server, receiver, told)
 }
 
-async fn read_request(stream: &mut UnixStream) -> HoldRequest {
+/// What a proxy says to an agent.
+enum Asked {
+    Hold(HoldRequest),
+    Notice(PassedNotice),
+}
+
+async fn read_request(stream: &mut UnixStream) -> Asked {
     let mut read = Vec::new();
     loop {
         stream.read_buf(&mut read).await.unwrap();
         let text = std::str::from_utf8(&read).unwrap();
         if let Some((head, body)) = text.split_once("\r\n\r\n") {
-            assert!(head.starts_with("POST /v1/holds HTTP/1.1\r\n"), "{head}");
+            let is_notice = head.starts_with("POST /v1/passed HTTP/1.1\r\n");
+            assert!(
+                is_notice || head.starts_with("POST /v1/holds HTTP/1.1\r\n"),
+                "{head}"
+            );
             let head = head.to_ascii_lowercase();
             let (_, length) = head.split_once("content-length: ").unwrap();
             let length: usize = length.lines().next().unwrap().parse().unwrap();
             if body.len() == length {
-                return serde_json::from_str(body).unwrap();
+                return match is_notice {
+                    true => Asked::Notice(serde_json::from_str(body).unwrap()),
+                    false => Asked::Hold(serde_json::from_str(body).unwrap()),
+                };
             }
         }
     }
@@ -288,11 +331,17 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     pub(crate) async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// One with other options.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut ProxyOptions)) -> Self {
         let directory = TempDir::new().unwrap();
         let shutdown = CancellationToken::new();
         let path = directory.path();
         let listening = listen::bind(&path.join("proxy.sock")).await.unwrap();
-        let options = ProxyOptions::new(path.join("runtime.sock"), path.join("agent.sock"));
+        let mut options = ProxyOptions::new(path.join("runtime.sock"), path.join("agent.sock"));
+        change(&mut options);
         let serving = tokio::spawn({
             let shutdown = shutdown.clone();
             async move {
@@ -336,6 +385,86 @@ impl Proxy {
             .unwrap();
         RuntimeServiceClient::new(channel)
     }
+}
+
+/// `ebb cri-proxy`, between `runtime.sock` and `agent.sock` in its directory.
+pub(crate) struct Program {
+    directory: TempDir,
+    child: std::process::Child,
+}
+
+impl Program {
+    pub(crate) async fn start() -> Self {
+        Self::start_after(":").await
+    }
+
+    /// Starts it from a shell that has done this before, such as limiting itself.
+    pub(crate) async fn start_after(script: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let log = std::fs::File::create(at("log")).unwrap();
+        let child = std::process::Command::new("sh")
+            .arg("-c")
+            .arg(format!(r#"{script}; exec "$0" "$@""#))
+            .arg(env!("CARGO_BIN_EXE_ebb"))
+            .stderr(log)
+            .arg("cri-proxy")
+            .arg("--listen")
+            .arg(at("proxy.sock"))
+            .arg("--runtime")
+            .arg(at("runtime.sock"))
+            .arg("--agent")
+            .arg(at("agent.sock"))
+            .env("EBB_LOG", "warn")
+            .stdin(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let socket = at("proxy.sock");
+        soon(async {
+            while !socket.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+        Self { directory, child }
+    }
+
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub(crate) async fn client(&self) -> RawClient {
+        RawClient::connect(&self.at("proxy.sock")).await
+    }
+
+    /// What it has logged.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.at("log")).unwrap()
+    }
+
+    /// A figure of `/proc/PID/status`, in bytes.
+    pub(crate) fn memory(&self, field: &str) -> u64 {
+        let status = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(status).unwrap();
+        let line = status.lines().find(|l| l.starts_with(field)).unwrap();
+        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib << 10
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Allows this process as many open files as it may have: the agent played here has one for each hold.
+pub(crate) fn many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let current = maximum;
+    setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
 }
 
 /// A bare HTTP/2 client. Dropping the last clone closes its connection, whatever is under way.

@@ -1,13 +1,16 @@
 //! Who spoke last (case 24), also where the kernel's times do not tell.
 
 use std::{
-    net::TcpStream,
+    net::{Shutdown, TcpStream},
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
-use ebb::flow::FlowState::{self, Active, Awaiting, Idle};
+use ebb::flow::{
+    Direction::Inbound,
+    FlowState::{self, Active, Awaiting, HalfClosed, Idle},
+};
 
 use crate::support::{
     sockets::{self, give, pair, take},
@@ -23,8 +26,10 @@ trials![
     a_large_request_hard_upon_the_last_answer_is_awaiting,
     an_unanswered_request_hard_upon_an_answer_stays_awaiting_under_keep_alive_probes,
     a_burst_of_exchanges_that_is_over_is_idle,
+    thousands_whose_times_do_not_tell_are_told_apart_in_one_look,
     a_connection_on_which_nobody_has_spoken_is_never_idle,
     half_a_request_and_unread_bytes_are_never_idle,
+    a_half_closed_connection_becomes_idle_whether_the_server_has_read_its_end_or_not,
 ];
 
 const IDLE_AFTER: Duration = Duration::from_millis(200);
@@ -55,10 +60,7 @@ fn is_and_stays(w: &World, state: FlowState, lasting: Duration) -> Result<()> {
     let mut reached = None;
     loop {
         let snapshot = w.snapshot()?;
-        let mut inbound = snapshot
-            .flows
-            .iter()
-            .filter(|f| f.direction == ebb::flow::Direction::Inbound);
+        let mut inbound = snapshot.flows.iter().filter(|f| f.direction == Inbound);
         let now = inbound.next().map(|f| f.state);
         ensure!(
             now == Some(state) || (reached.is_none() && now == Some(Active)),
@@ -172,6 +174,61 @@ fn a_burst_of_exchanges_that_is_over_is_idle() -> Result<()> {
         }
         is_and_stays(w, Idle, Duration::from_secs(1))
     })
+}
+
+/// So many that both walks of a look are under way at once.
+fn thousands_whose_times_do_not_tell_are_told_apart_in_one_look() -> Result<()> {
+    const EACH: u32 = 1500;
+    world(|w| {
+        w.idle_after(IDLE_AFTER);
+        let listener = w.listen(16)?;
+        let mut open = Vec::new();
+        for n in 0..2 * EACH {
+            let (server, client) = pair(&listener)?;
+            exchange(&server, &client, 100, 100)?;
+            if n % 2 == 0 {
+                give(&client, 100)?;
+                take(&server, 100)?;
+            }
+            open.push((server, client));
+        }
+        let look = w.look()?;
+        let ties = look.iter().filter(|s| s.since_sent == s.since_received);
+        ensure!(ties.count() > 4096, "too few for that");
+        w.has(&[(Idle, EACH), (Awaiting, EACH)], 2 * EACH)?;
+        for _ in 0..20 {
+            let snapshot = w.snapshot()?;
+            let inbound = || snapshot.flows.iter().filter(|f| f.direction == Inbound);
+            let of = |state| inbound().filter(|f| f.state == state).count();
+            let (idle, awaiting) = (of(Idle), of(Awaiting));
+            ensure!(
+                (idle, awaiting) == (EACH as usize, EACH as usize),
+                "{idle} idle, {awaiting} awaiting"
+            );
+        }
+        drop(open);
+        w.has(&[], 0)
+    })
+}
+
+fn a_half_closed_connection_becomes_idle_whether_the_server_has_read_its_end_or_not() -> Result<()>
+{
+    for reads in [false, true] {
+        talking(|w, server, client| {
+            exchange(server, client, 100, 100)?;
+            give(client, 100)?;
+            client.shutdown(Shutdown::Write)?;
+            // A byte before the end of the stream is one that the server has to read.
+            sleep(2 * IDLE_AFTER);
+            w.has(&[(HalfClosed, 1)], 0)?;
+            take(server, 100)?;
+            if reads {
+                ensure!(sockets::drain(server)? == 0);
+            }
+            w.has(&[(Idle, 1)], 0)
+        })?;
+    }
+    Ok(())
 }
 
 fn a_connection_on_which_nobody_has_spoken_is_never_idle() -> Result<()> {

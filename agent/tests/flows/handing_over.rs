@@ -151,6 +151,7 @@ fn case_16_a_listener_made_in_one_cgroup_and_accepted_in_another_counts_for_the_
 {
     world(|w| {
         let (a, b) = (Cgroup::new("made-in-a")?, Cgroup::new("accepted-in-b")?);
+        w.owned_by(a.id()?);
         let mut server = Puppet::start_in(&a)?;
         let at = server.listen()?;
         w.serving_at(at);
@@ -172,6 +173,7 @@ fn case_16_a_listener_made_in_one_cgroup_and_accepted_in_another_counts_for_the_
 fn case_16_a_listener_passed_to_another_cgroup_counts_for_the_first() -> Result<()> {
     world(|w| {
         let (a, b) = (Cgroup::new("passed-by-a")?, Cgroup::new("passed-to-b")?);
+        w.owned_by(a.id()?);
         let mut parent = Puppet::start_in(&a)?;
         let at = parent.listen()?;
         w.serving_at(at);

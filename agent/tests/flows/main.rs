@@ -1,9 +1,9 @@
 //! ebb's counters and classes against the running kernel, case by case.
 //!
-//! Every trial drives real sockets, in a network namespace of its own, into one of the situations that TCP
-//! has, and demands that three readings agree: the counters of the BPF programs, the flows of a look, and
-//! `/proc/net/tcp`, which knows nothing of ebb. All run in one sandbox with one tracker; those that are about
-//! its start have their own.
+//! Every trial drives real sockets, in a network namespace and a cgroup of its own, into one of the situations that TCP
+//! has, and demands that four readings agree: the counters of the BPF programs, the flows of a look, and two that know
+//! nothing of ebb: `/proc/net/tcp`, which the kernel prints from its tables without sock_diag, and sock_diag as `ss` reads
+//! it. All run in one sandbox with one tracker; those that are about its start have their own.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -11,26 +11,31 @@
 macro_rules! trials {
     ($($function:ident),* $(,)?) => {
         pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-            vec![$(libtest_mimic::Trial::test(stringify!($function), || {
-                $crate::support::kernel::failed($function())
-            })),*]
+            vec![$($crate::support::steps::trial(stringify!($function), $function)),*]
         }
     };
 }
 
 mod answers;
+mod audit;
 mod churn;
 mod closing;
+mod dialling;
+mod draining;
 mod handing_over;
 mod kinds;
+mod lookups;
 mod opening;
+mod ownership;
+mod probes;
 mod seeding;
+mod settling;
 mod support;
 
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
-use support::{kernel, puppet};
+use support::{cgroup, kernel, puppet};
 
 fn main() -> ExitCode {
     if let Some(code) = ebb_node::helpers::dispatch().or_else(puppet::dispatch) {
@@ -44,6 +49,10 @@ fn main() -> ExitCode {
     }
     ebb_node::sandbox::end_with_parent();
     ebb_node::sandbox::inside(|| {
+        if let Err(error) = cgroup::of_trials() {
+            eprintln!("before all trials: {error:#}");
+            return ExitCode::FAILURE;
+        }
         let done = libtest_mimic::run(&arguments, trials());
         if let Err(error) = kernel::nothing_lost() {
             eprintln!("after all trials: {error:#}");
@@ -57,11 +66,18 @@ fn trials() -> Vec<Trial> {
     [
         // The long ones first, so that the short ones fill the time.
         answers::trials(),
+        settling::trials(),
+        probes::trials(),
         opening::trials(),
         closing::trials(),
+        dialling::trials(),
+        draining::trials(),
         handing_over::trials(),
         kinds::trials(),
+        audit::trials(),
+        ownership::trials(),
         seeding::trials(),
+        lookups::trials(),
         churn::trials(),
     ]
     .into_iter()

@@ -13,20 +13,25 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::flow::FlowState::{Active, Backlog};
+use ebb::flow::{
+    Direction,
+    FlowState::{Active, Backlog},
+};
 
 use crate::support::{
     kernel,
     namespace::Namespace,
     puppet::Puppet,
     raw,
-    sockets::{self, dial, pair},
+    sockets::{self, dial, give, pair, take},
+    steps::step,
     world::World,
 };
 
 trials![
     case_23_an_agent_started_amid_ten_thousand_closing_connections_counts_what_is_left,
     seeding_is_exact_while_connections_open_and_close,
+    a_hundred_thousand_connections_are_seeded_and_go_on,
     a_dial_under_way_at_the_start_is_outbound,
     a_queued_connection_older_than_the_agent_is_inbound_backlog,
 ];
@@ -34,12 +39,18 @@ trials![
 const MANY: usize = 10_000;
 /// A process may commonly open 20,000 files or less, and both ends of a connection are here.
 const HOLDERS: usize = 4;
+/// As many as a node may have.
+const VERY_MANY: usize = 100_000;
 
-/// Ten thousand connections at a time are enough for one machine.
+/// Ten thousand connections at a time are enough for one machine, and whoever seeds must find no namespace with more
+/// listeners than there are places for.
 static TURN: Mutex<()> = Mutex::new(());
 
 pub(crate) fn turn() -> MutexGuard<'static, ()> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    step("waiting for its turn");
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    step("having its turn");
+    turn
 }
 
 /// A namespace with a process in it: seeding goes by the namespaces of processes.
@@ -58,9 +69,11 @@ enum Order<'a> {
     /// Replace the oldest by new ones until told to stop.
     Replace(&'a AtomicBool),
     CloseRest,
+    /// Move a byte each way on all of them, and accept one more.
+    Exchange,
 }
 
-/// A thread with descriptors of its own that holds its share of [`MANY`] connections.
+/// A thread with descriptors of its own that holds its share of the connections.
 struct Holder<'a> {
     at: SocketAddr,
     to: mpsc::Sender<Order<'a>>,
@@ -76,13 +89,24 @@ impl<'a> Holders<'a> {
     where
         'a: 's,
     {
-        let started: Vec<_> = (0..HOLDERS)
+        Self::start_many(s, HOLDERS, MANY)
+    }
+
+    fn start_many<'s>(
+        s: &'s thread::Scope<'s, '_>,
+        holders: usize,
+        connections: usize,
+    ) -> Result<Self>
+    where
+        'a: 's,
+    {
+        let started: Vec<_> = (0..holders)
             .map(|_| {
                 let (to, orders) = mpsc::channel();
                 let (replies, from) = mpsc::channel();
                 let (say, at) = mpsc::channel();
                 s.spawn(move || {
-                    if let Err(error) = hold(&say, &orders, &replies) {
+                    if let Err(error) = hold(connections / holders, &say, &orders, &replies) {
                         eprintln!("a holder of connections: {error:#}");
                     }
                 });
@@ -120,13 +144,14 @@ impl<'a> Holders<'a> {
 }
 
 fn hold(
+    share: usize,
     say: &mpsc::Sender<SocketAddr>,
     orders: &mpsc::Receiver<Order<'_>>,
     replies: &mpsc::Sender<usize>,
 ) -> Result<()> {
     raw::own_descriptors()?;
     let listener = sockets::listener(128)?;
-    let mut pairs = (0..MANY / HOLDERS)
+    let mut pairs = (0..share)
         .map(|_| pair(&listener))
         .collect::<Result<VecDeque<_>>>()?;
     say.send(listener.local_addr()?)?;
@@ -162,6 +187,15 @@ fn hold(
                 }
             }
             Order::CloseRest => pairs.clear(),
+            Order::Exchange => {
+                for (server, client) in &pairs {
+                    give(client, 1)?;
+                    take(server, 1)?;
+                    give(server, 1)?;
+                    take(client, 1)?;
+                }
+                pairs.push_back(pair(&listener)?);
+            }
         }
         replies.send(pairs.len())?;
     }
@@ -192,14 +226,23 @@ fn case_23_an_agent_started_amid_ten_thousand_closing_connections_counts_what_is
             let (world, took) = holders.fresh()?;
             let after = closed.load(Ordering::Relaxed);
             eprintln!("ready after {took:?}, while {before} to {after} of {MANY} were closed");
+            ensure!(
+                before < after && after < MANY * 9 / 10,
+                "closing and seeding were not at the same time"
+            );
             let left = holders.done()?;
             world.has(&[(Active, left)], left)?;
-            ensure!(world.tracker.losses()? == [0; 3]);
+            // Nobody was disturbed.
+            holders.order(Order::Exchange)?;
+            let left = holders.done()?;
+            world.has(&[(Active, left)], left)?;
+            ensure!(world.tracker.losses()?.iter().all(|n| *n == 0));
             // A restart finds the same.
             drop(world);
             let (world, took) = holders.fresh()?;
             eprintln!("ready again after {took:?}");
             world.has(&[(Active, left)], left)?;
+            world.has_no_drift()?;
             holders.order(Order::CloseRest)?;
             holders.done()?;
             world.has(&[], 0)
@@ -217,18 +260,56 @@ fn seeding_is_exact_while_connections_open_and_close() -> Result<()> {
                 holders.order(Order::Replace(stop))?;
                 let fresh = holders.fresh();
                 stop.store(true, Ordering::Relaxed);
+                holders.done()?;
+                holders.order(Order::Exchange)?;
                 let open = holders.done()?;
                 let (world, took) = fresh?;
                 eprintln!("{open} connections seeded in {took:?}");
                 world.has(&[(Active, open)], open)?;
-                ensure!(world.tracker.losses()? == [0; 3]);
+                world.has_no_drift()?;
+                ensure!(world.tracker.losses()?.iter().all(|n| *n == 0));
             }
             Ok(())
         })
     })
 }
 
+fn a_hundred_thousand_connections_are_seeded_and_go_on() -> Result<()> {
+    let _turn = turn();
+    inhabited(|| {
+        thread::scope(|s| {
+            let holders = Holders::start_many(s, 20, VERY_MANY)?;
+            let (world, took) = holders.fresh()?;
+            eprintln!("{VERY_MANY} connections seeded in {took:?}");
+            ensure!(took < Duration::from_secs(10), "not ready after {took:?}");
+            let is = |open: usize| -> Result<()> {
+                let counted: i64 = world.counts().iter().map(|c| c.inbound).sum();
+                let flows = world.snapshot()?.flows;
+                let inbound = flows.iter().filter(|f| f.direction == Direction::Inbound);
+                let seen = inbound.count();
+                ensure!(
+                    (counted, seen) == (open as i64, open) && flows.len() == 2 * open,
+                    "{counted} counted and {seen} of {} seen of {open}",
+                    flows.len()
+                );
+                Ok(())
+            };
+            is(VERY_MANY)?;
+            holders.order(Order::Exchange)?;
+            let open = holders.done()?;
+            ensure!(open as usize == VERY_MANY + 20, "{open}");
+            is(open as usize)?;
+            world.has_no_drift()?;
+            ensure!(world.tracker.losses()?.iter().all(|n| *n == 0));
+            holders.order(Order::CloseRest)?;
+            holders.done()?;
+            Ok(())
+        })
+    })
+}
+
 fn a_dial_under_way_at_the_start_is_outbound() -> Result<()> {
+    let _turn = turn();
     inhabited(|| {
         let listener = sockets::listener(16)?;
         let client = dial(listener.local_addr()?, libc::IPPROTO_TCP, |s| {
@@ -245,6 +326,7 @@ fn a_dial_under_way_at_the_start_is_outbound() -> Result<()> {
 }
 
 fn a_queued_connection_older_than_the_agent_is_inbound_backlog() -> Result<()> {
+    let _turn = turn();
     inhabited(|| {
         let listener = sockets::listener(16)?;
         let client = TcpStream::connect(listener.local_addr()?)?;

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     net::{Ipv4Addr, SocketAddr},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{ExitStatus, Output, Stdio},
     time::Duration,
@@ -11,9 +12,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use ebb::{
     drain::report::Report,
-    report::view::{DrainList, FlowList, FlowView, PodList, PodView},
+    report::view::{AuditView, DrainList, Explanation, FlowList, FlowView, PodList, PodView},
 };
-use ebb_node::{http, kubelet::Kubelet};
+use ebb_node::{api_server::ApiServer, http, kubelet::Kubelet};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use tokio::{
@@ -25,6 +26,9 @@ use crate::scene::{Alone, SOON, Scene, directory, eventually, free_port};
 
 /// The real binary.
 pub(crate) const EBB: &str = env!("CARGO_BIN_EXE_ebb");
+
+/// The node's name in the cluster.
+pub(crate) const NODE_NAME: &str = "node-1";
 
 /// A running agent. Dropping it kills it.
 pub(crate) struct Agent {
@@ -53,6 +57,11 @@ impl Scene {
         Agent::start(self.node.socket(), &self.directory(run)?, flags).await
     }
 
+    /// Starts an agent that uses this API server, which need not be there.
+    pub(crate) async fn agent_of(&self, api: &ApiServer, flags: &[&str]) -> Result<Agent> {
+        Agent::start_of(api, self.node.socket(), &self.directory("ebb")?, flags).await
+    }
+
     /// Starts a proxy that asks `agent`.
     pub(crate) async fn proxy(&self, agent: &Agent) -> Result<Proxy> {
         Proxy::start(self.node.socket(), agent).await
@@ -65,6 +74,17 @@ impl Scene {
 }
 
 impl Alone {
+    /// Starts an agent in this run directory.
+    pub(crate) async fn agent_in(&self, run: &str, flags: &[&str]) -> Result<Agent> {
+        Agent::start(self.node.socket(), &directory(&self.directory, run)?, flags).await
+    }
+
+    /// Starts an agent that uses this API server.
+    pub(crate) async fn agent_of(&self, api: &ApiServer, flags: &[&str]) -> Result<Agent> {
+        let run = directory(&self.directory, "ebb")?;
+        Agent::start_of(api, self.node.socket(), &run, flags).await
+    }
+
     /// Starts an agent and a proxy.
     pub(crate) async fn ebb(&self, flags: &[&str]) -> Result<(Agent, Proxy)> {
         let run = directory(&self.directory, "ebb")?;
@@ -76,8 +96,22 @@ impl Alone {
 
 impl Agent {
     async fn start(cri: &Path, run: &Path, flags: &[&str]) -> Result<Self> {
+        Self::start_as(agent(cri, run), run, flags).await
+    }
+
+    async fn start_of(api: &ApiServer, cri: &Path, run: &Path, flags: &[&str]) -> Result<Self> {
+        let config = run.with_extension("kubeconfig");
+        api.kubeconfig(&config)?;
+        let mut command = agent_with(&["--kube", "auto"], cri, run);
+        command
+            .env("KUBECONFIG", config)
+            .env("NODE_NAME", NODE_NAME);
+        command.env_remove("KUBERNETES_SERVICE_HOST");
+        Self::start_as(command, run, flags).await
+    }
+
+    async fn start_as(mut command: Command, run: &Path, flags: &[&str]) -> Result<Self> {
         let port = free_port();
-        let mut command = agent(cri, run);
         command
             .args(["--http", &format!("0.0.0.0:{port}")])
             .args(flags);
@@ -113,7 +147,17 @@ impl Agent {
 
     /// Ends it with SIGTERM and waits for its end, which must be a good one.
     pub(crate) async fn stop(mut self) -> Result<()> {
+        self.has_no_drift().await?;
         ensure!(end(&mut self.child, Signal::TERM).await?.success());
+        Ok(())
+    }
+
+    /// Demands that its counters agree with the kernel's tables, and always have.
+    pub(crate) async fn has_no_drift(&self) -> Result<()> {
+        let found: AuditView = self.json(&["audit"]).await?;
+        ensure!(found.audit.drift == 0, "{found:?}");
+        let drift = self.metric("ebb_accounting_drift_total").await?;
+        ensure!(drift == 0, "{drift} flows of drift since its start");
         Ok(())
     }
 
@@ -183,7 +227,31 @@ impl Agent {
     pub(crate) async fn drain(&self, pod: &str) -> Result<Report> {
         let mut drains = self.drains(pod).await?;
         ensure!(drains.len() == 1, "{pod} has {} drains", drains.len());
+        // Audited by itself at its end, and once more here.
+        if drains[0].reason.is_some() {
+            self.has_no_drift().await?;
+        }
         Ok(drains.remove(0))
+    }
+
+    /// Waits until the drain that `begun` tells of is held by one call again. It has to be the same one: begun then,
+    /// and with the deadline it had.
+    pub(crate) async fn until_resumed(&self, pod: &str, begun: &Report) -> Result<()> {
+        eventually("a call joins the drain", async || {
+            Ok((self.drain(pod).await?.holds == 1).then_some(()))
+        })
+        .await?;
+        let report = self.drain(pod).await?;
+        ensure!(
+            report.started_at == begun.started_at && report.deadline_ms == begun.deadline_ms,
+            "{begun:?}\n{report:?}"
+        );
+        Ok(())
+    }
+
+    /// What it knows of a pod and its stops.
+    pub(crate) async fn explain(&self, pod: &str) -> Result<Explanation> {
+        self.json(&["explain", pod]).await
     }
 
     /// Waits until a drain of the pod is under way and has had its first look.
@@ -202,7 +270,7 @@ impl Agent {
         Ok(http::get(address, path).await?)
     }
 
-    /// The value of a metric, by its name and labels as in the exposition; 0 if it was never counted.
+    /// The value of a metric, by its name and labels as in the exposition.
     pub(crate) async fn metric(&self, name: &str) -> Result<i64> {
         let text = self.get("/metrics").await?.body;
         let text = std::str::from_utf8(&text)?;
@@ -210,23 +278,49 @@ impl Agent {
             let rest = line.strip_prefix(name)?.strip_prefix(' ')?;
             rest.trim().parse().ok()
         });
-        Ok(value.unwrap_or(0))
+        value.with_context(|| format!("no metric {name} in:\n{text}"))
+    }
+
+    /// Likewise, of a counter that is there only from the first time on that it counts something.
+    pub(crate) async fn counted(&self, family: &str, labels: &str) -> Result<i64> {
+        let text = self.get("/metrics").await?.body;
+        let text = std::str::from_utf8(&text)?;
+        let name = format!("{family}{{{labels}}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&name));
+        Ok(value.map_or(Ok(0), |value| value.trim().parse())?)
     }
 }
 
 impl Proxy {
     async fn start(cri: &Path, agent: &Agent) -> Result<Self> {
-        let socket = agent.run.join("cri.sock");
-        let command = proxy(cri, &socket, &agent.socket());
+        Self::at(cri, &agent.run, &agent.socket()).await
+    }
+
+    /// Starts one in this run directory that asks the agent at `agent`.
+    pub(crate) async fn at(cri: &Path, run: &Path, agent: &Path) -> Result<Self> {
+        let socket = run.join("cri.sock");
+        let command = proxy(cri, &socket, agent);
         let proxy = Self {
-            child: spawn(command, &log(&agent.run, "proxy"))?,
+            child: spawn(command, &log(run, "proxy"))?,
             socket,
         };
         eventually("the proxy listens", async || {
-            Ok(proxy.socket.exists().then_some(()))
+            // The socket itself may be one that a killed proxy has left.
+            Ok(UnixStream::connect(&proxy.socket).ok())
         })
         .await?;
         Ok(proxy)
+    }
+
+    /// Ends it with SIGKILL. Its socket stays behind.
+    pub(crate) async fn kill(mut self) -> Result<()> {
+        end(&mut self.child, Signal::KILL).await.map(drop)
+    }
+
+    /// How many files and sockets it has open.
+    pub(crate) fn open_files(&self) -> Result<usize> {
+        let pid = self.child.id().context("the proxy has ended")?;
+        Ok(std::fs::read_dir(format!("/proc/{pid}/fd"))?.count())
     }
 
     /// Ends it with SIGTERM and waits for its end, which must be a good one.
@@ -236,12 +330,16 @@ impl Proxy {
     }
 }
 
-/// The command of an agent.
+/// The command of an agent that uses no API server.
 pub(crate) fn agent(cri: &Path, run: &Path) -> Command {
+    agent_with(&["--kube", "off"], cri, run)
+}
+
+/// The command of an agent that finds its API server as these flags say.
+pub(crate) fn agent_with(kube: &[&str], cri: &Path, run: &Path) -> Command {
     let mut command = Command::new(EBB);
-    command
-        .args(["agent", "--kube", "off", "--cri-socket"])
-        .arg(cri);
+    command.arg("agent").args(kube);
+    command.arg("--cri-socket").arg(cri);
     command.arg("--run-dir").arg(run);
     command
 }

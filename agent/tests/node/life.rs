@@ -13,6 +13,7 @@ use libtest_mimic::Trial;
 use tokio::time::sleep;
 
 use crate::{
+    agent::EBB,
     hold::stop,
     peer::Peer,
     scene::{NODE_V4, SECOND, Scene, eventually, server, trial},
@@ -25,7 +26,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             "a_drain_goes_on_with_its_first_deadline_after_a_restart_of_the_agent",
             restarted,
         ),
-        trial("a_stopped_agent_releases_what_it_holds_at_once", stopped),
+        trial(
+            "what_a_stopped_agent_held_waits_for_its_successor_and_no_longer_than_it_may",
+            stopped,
+        ),
         trial("a_killed_agent_releases_what_it_holds_at_once", killed),
         trial(
             "a_stopped_agent_answers_who_waits_with_what_it_knows",
@@ -37,6 +41,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         trial("a_hold_ends_with_its_caller", caller_gone),
         trial("a_stopped_agent_leaves_nothing_attached", nothing_left),
+        trial(
+            "cleanup_is_refused_while_an_agent_runs_and_removes_what_a_killed_one_leaves",
+            cleaned_up,
+        ),
     ]
 }
 
@@ -65,18 +73,33 @@ async fn ended(scene: Scene, name: &str, politely: bool) -> Result<()> {
     if politely {
         agent.stop().await?;
         let log = fs::read_to_string(log)?;
-        ensure!(log.contains("released (shutdown)"), "no report: {log}");
+        ensure!(
+            log.contains("DrainReleased: shutdown, "),
+            "no report: {log}"
+        );
     } else {
         agent.kill().await?;
     }
     let stop = stopping.await?;
-    ensure!(now.elapsed() < AT_ONCE, "after {:?}", now.elapsed());
+    // The proxy gives a successor 10 s, and nothing to who ends without a word.
+    let kept = if politely {
+        10 * SECOND
+    } else {
+        Duration::ZERO
+    };
+    let released = now.elapsed();
+    ensure!(released < kept + AT_ONCE, "after {released:?}");
+    ensure!(released + SECOND > kept, "after {released:?}");
     ensure!(stop.error().is_none(), "{stop:?}");
     let timeouts = scene.stop_timeouts(&pod.containers[0].id)?;
     let [timeout] = timeouts[..] else {
         anyhow::bail!("stopped with {timeouts:?}");
     };
-    ensure!((20..30).contains(&timeout), "{timeout} s left of 30");
+    let most = 30 - kept.as_secs();
+    ensure!(
+        (most - 10..most).contains(&timeout),
+        "{timeout} s left of 30"
+    );
     Ok(())
 }
 
@@ -213,11 +236,14 @@ async fn nothing_left(scene: Scene) -> Result<()> {
     })
     .await?;
     let left = entries(&run)?;
-    ensure!(left == ["agent.lock", "journal"], "{left:?}");
+    ensure!(left == ["agent.lock", "flows", "journal"], "{left:?}");
     let pinned = pinned()?;
     ensure!(pinned.is_empty(), "pinned: {pinned:?}");
     let cgroups = entries(&scene.node.place().cgroup(""))?;
-    ensure!(cgroups == ["kubepods", "system"], "{cgroups:?}");
+    ensure!(
+        cgroups == ["kubelet.service", "kubepods", "system"],
+        "{cgroups:?}"
+    );
     Ok(())
 }
 
@@ -278,4 +304,35 @@ pub(crate) fn entries(directory: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
+}
+
+async fn cleaned_up(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&[]).await?;
+    let run = agent.run.clone();
+    fs::write(run.join("cri.sock"), "somebody else's")?;
+    let cleanup = async || {
+        let mut command = tokio::process::Command::new(EBB);
+        command.args(["agent", "--cleanup", "--run-dir"]).arg(&run);
+        command.output().await
+    };
+    let refused = cleanup().await?;
+    ensure!(refused.status.code() == Some(8), "{refused:?}");
+    agent.has_no_drift().await?;
+    agent.kill().await?;
+    let done = cleanup().await?;
+    ensure!(done.status.success(), "{done:?}");
+    let said = String::from_utf8(done.stdout)?;
+    ensure!(
+        said.contains("agent.sock") && said.contains("journal"),
+        "{said}"
+    );
+    let left: Vec<_> = fs::read_dir(&run)?.collect::<Result<_, _>>()?;
+    ensure!(
+        left.len() == 1 && left[0].file_name() == "cri.sock",
+        "{left:?}"
+    );
+    let again = cleanup().await?;
+    ensure!(again.status.success(), "{again:?}");
+    ensure!(!String::from_utf8(again.stdout)?.contains("removed"));
+    Ok(())
 }

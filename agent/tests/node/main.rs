@@ -6,20 +6,34 @@
 //!
 //! Needs root, and fails without it.
 
+mod again;
 mod agent;
+mod daemonset;
+mod doctor;
+mod gone;
 mod hold;
+mod kube;
+mod kube_faults;
+mod kube_telling;
 mod life;
+mod lookups;
+mod off_node;
 mod pass;
 mod peer;
 mod pods;
+mod probe;
 mod proc_net;
 mod refuse;
 mod runtime;
 mod scene;
 mod settle;
+mod sidecar;
 mod state;
 mod track;
+mod upgrade;
 mod wait;
+mod wait_limits;
+mod wait_port;
 
 use std::process::ExitCode;
 
@@ -27,7 +41,7 @@ use ebb_node::{helpers, sandbox};
 use libtest_mimic::{Arguments, Trial};
 
 /// Trials wait more than they work.
-const SIDE_BY_SIDE: usize = 12;
+const SIDE_BY_SIDE: usize = 8;
 
 fn main() -> ExitCode {
     if let Some(code) = helpers::dispatch() {
@@ -45,15 +59,28 @@ fn main() -> ExitCode {
 fn trials() -> Vec<Trial> {
     // The longest first; the one that needs the node for itself last.
     let subjects = [
+        daemonset::trials(),
         life::trials(),
         hold::trials(),
+        kube_faults::trials(),
+        kube::trials(),
+        kube_telling::trials(),
+        again::trials(),
+        gone::trials(),
+        sidecar::trials(),
         settle::trials(),
+        probe::trials(),
         wait::trials(),
+        lookups::trials(),
         state::trials(),
         track::trials(),
+        upgrade::trials(),
         pass::trials(),
+        doctor::trials(),
         pods::trials(),
         refuse::trials(),
+        wait_limits::trials(),
+        wait_port::trials(),
         runtime::trials(),
     ];
     subjects.into_iter().flatten().collect()

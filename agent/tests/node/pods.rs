@@ -76,7 +76,8 @@ async fn replaced(scene: Scene) -> Result<()> {
     let peer = Peer::served(old.v4(8080)?).await?;
     ensure!(agent.flows("again").await?.len() == 1);
     drop(peer);
-    ensure!(kubelet.stop(&old, 10 * SECOND).await.error().is_none());
+    let stop = kubelet.stop(&old, 10 * SECOND).await;
+    ensure!(stop.error().is_none(), "{stop:?}");
     ensure!(
         agent.pods("again").await?.is_empty(),
         "a stopped pod is listed"
@@ -103,7 +104,8 @@ async fn replaced(scene: Scene) -> Result<()> {
     let begun = agent.until_draining("again").await?;
     ensure!(begun.pod.uid.as_str() == new.spec.uid, "{begun:?}");
     drop(peer);
-    ensure!(stopping.await?.error().is_none());
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
     let drains = agent.drains("again").await?;
     ensure!(drains.len() == 2, "{drains:?}");
     ensure!(

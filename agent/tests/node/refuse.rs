@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use crate::{
-    agent::{EBB, agent, proxy},
+    agent::{EBB, NODE_NAME, agent, agent_with, proxy},
     life::{entries, pinned},
     scene::{SOON, Scene, free_port, trial},
 };
@@ -52,12 +52,20 @@ pub(crate) fn trials() -> Vec<Trial> {
             "flags_that_make_no_sense_end_with_2_and_are_named",
             bad_flags,
         ),
+        trial(
+            "an_agent_of_a_cluster_without_a_token_says_what_to_mount",
+            no_token,
+        ),
         trial("a_question_without_an_agent_ends_with_9", no_agent),
         trial("a_question_about_an_unknown_pod_ends_with_10", unknown_pod),
         trial("whoever_is_not_root_ends_with_3", not_root),
         trial(
             "a_second_proxy_ends_with_8_and_the_first_goes_on",
             second_proxy,
+        ),
+        trial(
+            "the_socket_of_a_proxy_that_was_killed_is_taken_over",
+            stale_socket,
         ),
         trial(
             "a_proxy_whose_path_is_taken_by_a_file_ends_with_7",
@@ -110,6 +118,23 @@ async fn no_runtime(scene: Scene) -> Result<()> {
     let stale = scene.directory("")?.join("stale.sock");
     drop(UnixListener::bind(&stale)?);
     refused(agent(&stale, &run), 5, &["stale.sock", "--cri-socket"]).await?;
+    nothing_left(&run)
+}
+
+async fn no_token(scene: Scene) -> Result<()> {
+    let run = scene.directory("run")?;
+    let mut command = agent_with(&["--kube", "auto"], scene.node.socket(), &run);
+    // As every container of a cluster has it, whether its token is mounted or not.
+    command
+        .env("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        .env("KUBERNETES_SERVICE_PORT", "443")
+        .env("NODE_NAME", NODE_NAME);
+    let says = [
+        "this pod's service account",
+        "mount its token",
+        "--kube=off",
+    ];
+    refused(command, 1, &says).await?;
     nothing_left(&run)
 }
 
@@ -362,6 +387,19 @@ async fn second_proxy(scene: Scene) -> Result<()> {
     refused(command, 8, &["cri.sock", "already served", "stop it"]).await?;
     ensure!(scene.kubelet_at(&first)?.is_ready().await?);
     first.stop().await
+}
+
+async fn stale_socket(scene: Scene) -> Result<()> {
+    let ebb = scene.agent(&[]).await?;
+    let first = scene.proxy(&ebb).await?;
+    let path = first.socket.clone();
+    first.kill().await?;
+    ensure!(path.exists(), "nothing is left to take over");
+    let second = scene.proxy(&ebb).await?;
+    ensure!(second.socket == path && scene.kubelet_at(&second)?.is_ready().await?);
+    second.stop().await?;
+    ensure!(!path.exists(), "the socket stays");
+    Ok(())
 }
 
 async fn path_is_a_file(scene: Scene) -> Result<()> {

@@ -9,6 +9,7 @@ use crate::{
     hold::stop,
     peer::Peer,
     scene::{Alone, SECOND, eventually, run, server, trial_alone},
+    wait_port::ask,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -55,9 +56,25 @@ async fn dies_and_comes_back(mut scene: Alone) -> Result<()> {
         .err()
         .context("the proxy answers")?;
     ensure!(format!("{error:#}").contains("Unavailable"), "{error:#}");
-    let ready = agent.get("/readyz").await;
-    ensure!(ready.is_err(), "ready without a runtime: {ready:?}");
+    // The runtime's last answer counts for a moment.
+    eventually("it is not ready without a runtime", async || {
+        Ok(agent.get("/readyz").await.is_err().then_some(()))
+    })
+    .await?;
     ensure!(agent.get("/healthz").await?.status == 200);
+    // Why is for the log, not for whoever reaches the port.
+    let answer = ask(
+        ([127, 0, 0, 1], agent.port).into(),
+        "/readyz",
+        "Accept: */*",
+    )
+    .await?;
+    ensure!(
+        answer.ends_with(r#"{"error":"waiting for the container runtime to answer"}"#),
+        "{answer}"
+    );
+    let log = std::fs::read_to_string(agent.log())?;
+    ensure!(log.matches("not ready while").count() == 1, "{log}");
 
     scene.node.containerd().resume().await?;
     ensure!(agent.runs()?, "the agent has ended");

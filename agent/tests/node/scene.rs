@@ -36,6 +36,9 @@ const LONGEST: Duration = Duration::from_secs(120);
 pub(crate) const NODE_V4: &str = "10.88.0.1";
 pub(crate) const NODE_V6: &str = "fd00:ebb::1";
 
+/// The kubelet's cgroup, by which agents find it.
+pub(crate) const KUBELET: &str = "kubelet.service";
+
 /// Where the fixture is in its containers.
 pub(crate) const FIXTURE: &str = "/usr/bin/ebb-fixture";
 
@@ -103,8 +106,13 @@ fn play(
 /// Starts the node for the first trial that needs it.
 async fn node() -> Result<&'static RwLock<Node>> {
     static NODE: OnceCell<RwLock<Node>> = OnceCell::const_new();
-    NODE.get_or_try_init(async || Ok(RwLock::new(Node::start().await?)))
-        .await
+    NODE.get_or_try_init(async || {
+        let node = Node::start().await?;
+        // Every node has one, and an agent that finds none says so.
+        std::fs::create_dir_all(node.place().cgroup(KUBELET))?;
+        Ok(RwLock::new(node))
+    })
+    .await
 }
 
 async fn within(trial: impl Future<Output = Result<()>>) -> Result<()> {

@@ -41,6 +41,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         trial("a_wait_ends_when_the_caller_says_so", with_a_timeout),
         trial(
+            "a_drain_whose_sandbox_is_gone_can_be_released",
+            without_a_sandbox,
+        ),
+        trial(
             "a_stop_after_a_pre_stop_wait_passes_at_once_and_is_the_same_drain",
             pre_stop,
         ),
@@ -160,16 +164,20 @@ async fn from_a_double(scene: Scene) -> Result<()> {
     let pod = scene.serve("double").await?;
     let pid = scene.kubelet()?.pid(&pod.containers[0]).await?;
     let within = ebb::kernel::Netns::of_process(pid)?;
-    let (_listener, double) = within.run(|| {
-        let listener = TcpListener::bind(at)?;
-        Ok((listener, TcpStream::connect(at)?))
-    })?;
-    let from = double.local_addr()?;
-    let asked = tokio::task::spawn_blocking(move || -> Result<String> {
+    // One that the kernel gave to the double might be taken on the node.
+    let from = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let dial = move || -> std::io::Result<TcpStream> {
         let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
         rustix::net::bind(&socket, &from)?;
         rustix::net::connect(&socket, &at)?;
-        let mut caller = TcpStream::from(socket);
+        Ok(TcpStream::from(socket))
+    };
+    let (_listener, _double) = within.run(|| {
+        let listener = TcpListener::bind(at)?;
+        Ok((listener, dial()?))
+    })?;
+    let asked = tokio::task::spawn_blocking(move || -> Result<String> {
+        let mut caller = dial()?;
         caller.set_read_timeout(Some(5 * SECOND))?;
         caller.write_all(b"GET /v1/wait HTTP/1.1\r\nHost: ebb\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
@@ -235,5 +243,32 @@ async fn pre_stop(scene: Scene) -> Result<()> {
     let report = agent.drain("hooked").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!(report.ended == Some(1), "{report:?}");
+    Ok(())
+}
+
+async fn without_a_sandbox(scene: Scene) -> Result<()> {
+    // Longer than the trial.
+    let agent = scene
+        .agent(&["--quiet", "2m", "--settle-max", "2m"])
+        .await?;
+    let pod = scene
+        .run(
+            PodSpec::new("no-sandbox")
+                .grace(200 * SECOND)
+                .container(server("app", 8080)),
+        )
+        .await?;
+    let kubelet = scene.kubelet()?;
+    let wait = dial(&kubelet, &pod.containers[0], url(&agent));
+    agent.until_draining("no-sandbox").await?;
+    kubelet.stop_sandbox(&pod).await?;
+    kubelet.remove(&pod).await?;
+    ensure!(agent.pods("no-sandbox").await?.is_empty(), "still listed");
+    ensure!(agent.drain("no-sandbox").await?.reason.is_none());
+    agent.query(&["release", "no-sandbox"]).await?;
+    let reason = agent.drains("no-sandbox").await?[0].reason;
+    ensure!(reason == Some(ReleaseReason::Manual), "{reason:?}");
+    // Its caller has ended with the pod.
+    let _ = wait.await;
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Programs that run inside containers.
 
 mod serve;
+mod sink;
 
 use std::future::pending;
 use std::io::Write as _;
@@ -25,6 +26,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Program {
     Serve(serve::Serve),
+    Sink(sink::Sink),
     /// GETs a URL, waits as long as it takes and prints the body.
     Get {
         /// `http://<address>:<port>/<path>`
@@ -41,6 +43,13 @@ pub(crate) fn main() -> Result<ExitCode> {
             let deaf = serve.deaf;
             serve.start()?;
             until_told(deaf)
+        }
+        Program::Sink(sink) => {
+            Builder::new_current_thread()
+                .enable_all()
+                .build()?
+                .block_on(sink.serve())?;
+            Ok(ExitCode::SUCCESS)
         }
         Program::Get { url } => get(&url),
         Program::Pause => until_told(false),

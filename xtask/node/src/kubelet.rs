@@ -24,7 +24,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use crate::sandbox;
 
 pub use pod::{Container, Output, Pod};
-pub use spec::{ContainerSpec, PodSpec, PreStop};
+pub use spec::{ContainerSpec, Mount, PodSpec, PreStop, Security};
 pub use stop::{Stop, StoppedContainer};
 
 /// The kubelet's runtimeRequestTimeout, its deadline for every call that does not say otherwise.

@@ -2,8 +2,9 @@
 //!
 //! containerd, runc and the bridge network plugin run in namespaces of their own ([`sandbox`]),
 //! images are made from local files ([`image`]), and [`kubelet`] makes the calls a kubelet makes.
-//! [`fixture`] holds what runs inside containers and [`clients`] what connects to them. Nothing here
-//! knows ebb: this crate is the reference that ebb is measured against.
+//! [`fixture`] holds what runs inside containers and [`clients`] what connects to them. [`api_server`]
+//! stands in for the cluster. Nothing here knows ebb: this crate is the reference that ebb is measured
+//! against.
 //!
 //! A program that uses it starts so:
 //!
@@ -22,6 +23,7 @@
 //! }
 //! ```
 
+pub mod api_server;
 pub mod clients;
 pub mod containerd;
 pub mod fixture;

@@ -27,7 +27,14 @@ impl Node {
     /// # Errors
     /// If parts are missing, this is not [`sandbox::inside`] or containerd does not start.
     pub async fn start() -> Result<Self> {
-        let parts = Parts::find()?;
+        Self::start_with(Parts::find()?).await
+    }
+
+    /// As [`Self::start`], of these parts.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub async fn start_with(parts: Parts) -> Result<Self> {
         let place = sandbox::place()?;
         let archive = place.directory().join("images.tar");
         let build = {
@@ -48,6 +55,15 @@ impl Node {
             kubelet.until_image(name).await?;
         }
         Ok(node)
+    }
+
+    /// Imports the images of an archive, and waits until the runtime knows `name`.
+    ///
+    /// # Errors
+    /// If the archive can't be read or has no such image.
+    pub async fn import(&self, archive: &Path, name: &str) -> Result<()> {
+        self.containerd.import(archive).await?;
+        self.kubelet()?.until_image(name).await
     }
 
     /// The container runtime, to be stopped, killed and resumed.

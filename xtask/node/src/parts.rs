@@ -5,6 +5,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Result, bail};
 
@@ -12,6 +13,8 @@ use anyhow::{Result, bail};
 #[derive(Debug, Clone)]
 pub struct Parts {
     root: PathBuf,
+    /// Where containerd is, if not in `root`.
+    containerd: Option<PathBuf>,
 }
 
 impl Parts {
@@ -20,15 +23,36 @@ impl Parts {
     /// # Errors
     /// One line that names the missing program and the command that fetches it.
     pub fn find() -> Result<Self> {
-        let parts = Self {
+        Self {
             root: Self::directory(),
-        };
+            containerd: None,
+        }
+        .checked()
+    }
+
+    /// The same parts with containerd of another Debian suite, such as `trixie`.
+    ///
+    /// # Errors
+    /// As for [`Self::find`].
+    pub fn with_containerd_of(suite: &str) -> Result<Self> {
+        let root = Self::directory();
+        Self {
+            containerd: Some(root.join(format!("containerd-{suite}"))),
+            root,
+        }
+        .checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        let parts = self;
         let needed = [
             parts.containerd(),
             parts.ctr(),
             parts.runc(),
             parts.cni_plugins().join("bridge"),
             parts.nginx(),
+            parts.postgresql().join("postgres"),
+            parts.redis(),
         ];
         for program in needed {
             if !program.is_file() {
@@ -54,12 +78,16 @@ impl Parts {
 
     /// The container runtime.
     pub fn containerd(&self) -> PathBuf {
-        self.root.join("usr/bin/containerd")
+        self.containerd_root().join("usr/bin/containerd")
     }
 
     /// containerd's command line client, used to import images.
     pub fn ctr(&self) -> PathBuf {
-        self.root.join("usr/bin/ctr")
+        self.containerd_root().join("usr/bin/ctr")
+    }
+
+    fn containerd_root(&self) -> &Path {
+        self.containerd.as_deref().unwrap_or(&self.root)
     }
 
     /// The OCI runtime.
@@ -77,16 +105,72 @@ impl Parts {
         self.root.join("usr/sbin/nginx")
     }
 
+    /// A command that runs wrk, a load generator, with the libraries that were unpacked with it.
+    ///
+    /// # Errors
+    /// One line that names the missing program and the command that fetches it.
+    pub fn wrk(&self) -> Result<Command> {
+        let program = self.root.join("usr/bin/wrk");
+        if !program.is_file() {
+            bail!("{} is missing: run `cargo xtask setup`", program.display());
+        }
+        // One directory for each architecture, whose name is Debian's.
+        let libraries = self.root.join("usr/lib").read_dir()?.flatten();
+        let libraries: Vec<_> = libraries
+            .map(|entry| entry.path())
+            .filter(|path| path.ends_with(format!("{}-linux-gnu", env::consts::ARCH)))
+            .collect();
+        let mut command = Command::new(program);
+        command.env("LD_LIBRARY_PATH", env::join_paths(libraries)?);
+        Ok(command)
+    }
+
     /// nginx's table of MIME types.
     pub fn mime_types(&self) -> PathBuf {
         self.root.join("etc/nginx/mime.types")
     }
 
-    /// A PATH on which the parts come first.
+    /// iptables (the one without nftables), to be run in a namespace of the caller's. Not among what every node
+    /// needs, so that only who uses it misses it.
+    ///
+    /// # Errors
+    /// One line that names the command that fetches it.
+    pub fn iptables(&self) -> Result<Command> {
+        let program = self.root.join("usr/sbin/xtables-legacy-multi");
+        let libraries = self.root.join("usr/lib").read_dir().ok();
+        let libraries = libraries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.join("xtables").is_dir());
+        let Some(libraries) = libraries.filter(|_| program.is_file()) else {
+            bail!("{} is missing: run `cargo xtask setup`", program.display());
+        };
+        let mut command = Command::new(program);
+        command
+            .arg("iptables")
+            .env("XTABLES_LIBDIR", libraries.join("xtables"))
+            .env("LD_LIBRARY_PATH", libraries);
+        Ok(command)
+    }
+
+    /// The directory of PostgreSQL's programs. They find the rest of it relative to themselves.
+    pub fn postgresql(&self) -> PathBuf {
+        self.root.join("usr/lib/postgresql/15/bin")
+    }
+
+    /// The Redis server.
+    pub fn redis(&self) -> PathBuf {
+        self.root.join("usr/bin/redis-server")
+    }
+
+    /// A PATH on which the parts come first. containerd finds its shim there.
     pub(crate) fn path_variable(&self) -> String {
         let root = self.root.display();
+        let containerd = self.containerd_root().display();
         format!(
-            "{root}/usr/bin:{root}/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+            "{containerd}/usr/bin:{root}/usr/bin:{root}/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         )
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! CRI pods always ask for cpu shares, and runc fails on a `cpu.weight` that does not exist. Where the
 //! controllers are bound to cgroup v1 the wrapper takes all resource limits out of a container's
-//! configuration before runc reads it. The container still gets its own cgroup.
+//! configuration before runc reads it. The container still gets its own cgroup. Which devices it may use stays as it
+//! is: that needs no controller, and a privileged container could not even open /dev/null.
 
 use std::env;
 use std::ffi::OsString;
@@ -40,7 +41,13 @@ fn drop_resources(config: &Path) -> Result<()> {
     let mut spec: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not JSON", config.display()))?;
     if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
-        linux.remove("resources");
+        let resources = linux.remove("resources");
+        if let Some(devices) = resources.and_then(|r| r.get("devices").cloned()) {
+            linux.insert(
+                "resources".into(),
+                serde_json::json!({ "devices": devices }),
+            );
+        }
     }
     fs::write(config, serde_json::to_vec(&spec)?)
         .with_context(|| format!("can't write {}", config.display()))

@@ -4,11 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::DrainId;
+use super::{DrainId, NEWS_WITHIN};
 use crate::{
     clock::{BootTime, millis},
     drain::{
-        policy::{DEFAULT_GRACE, Policy},
+        policy::{CallLimits, DEFAULT_GRACE, Policy},
         report::{Phase, Report},
     },
     hold::wire::ReleaseReason,
@@ -23,12 +23,36 @@ pub struct HoldOrder {
     pub pod: Arc<Pod>,
     /// Its policy. A hold that joins a drain takes that drain's policy instead.
     pub policy: Policy,
-    /// What was wrong with its annotations.
+    /// What was wrong with its policy: annotations that could not be obeyed.
     pub warnings: Vec<String>,
     /// What is left of its grace period, where that is known.
     pub grace: Option<Duration>,
     /// How long the caller waits for its answer, if it says.
     pub patience: Option<Duration>,
+    /// When the pod's deletion was heard of, if it was: a drain that was over by then was not for that.
+    pub deleted: Option<BootTime>,
+}
+
+impl HoldOrder {
+    /// What the call allows.
+    pub const fn limits(&self) -> CallLimits {
+        CallLimits {
+            grace: self.grace,
+            patience: self.patience,
+        }
+    }
+
+    /// Whether the pod was deleted after `released`.
+    pub(super) fn is_of_later_end(&self, released: BootTime) -> bool {
+        let deleted = self.deleted;
+        deleted.is_some_and(|deleted| released + NEWS_WITHIN < deleted)
+    }
+
+    /// What is to be left to the application.
+    pub fn reserve(&self) -> Duration {
+        self.policy
+            .effective_reserve(self.grace.unwrap_or(DEFAULT_GRACE))
+    }
 }
 
 /// All drains of the node at one moment.
@@ -42,6 +66,8 @@ pub struct DrainsView {
     pub active: Vec<Report>,
     /// Drains that are over, newest first.
     pub finished: Vec<Arc<Report>>,
+    /// Why no pod can be watched any more, if that is so.
+    pub blind: Option<String>,
 }
 
 impl DrainsView {
@@ -55,11 +81,13 @@ impl DrainsView {
     }
 }
 
-/// Something to tell about a drain. Each drain begins once and finishes once.
+/// Something to tell about a drain. Each drain begins once and finishes once, in that order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DrainNotice {
     /// It began.
     Began(Arc<Report>),
+    /// Settle is over, and flows still arrive. Once at most. Its late peers are those who still connect.
+    Blocked(Arc<Report>),
     /// It is over.
     Finished(Arc<Report>),
 }
@@ -70,6 +98,7 @@ pub(super) enum Command {
     Hold(Box<HoldOrder>, oneshot::Sender<Joined>),
     GiveUp(DrainId),
     Release(PodUid, oneshot::Sender<bool>),
+    Limit(PodUid, BootTime),
     Shutdown,
 }
 
@@ -114,9 +143,7 @@ impl DrainHandle {
     /// Begins a drain, or joins the one that the pod is in or has been through. If there is no driver any
     /// more the hold is released already, with reason `shutdown`.
     pub async fn hold(&self, order: HoldOrder) -> Hold {
-        let reserve = order
-            .policy
-            .effective_reserve(order.grace.unwrap_or(DEFAULT_GRACE));
+        let reserve = order.reserve();
         let orphaned = orphaned(&order);
         let (answer, joined) = oneshot::channel();
         // A driver that is gone drops the question, and that is the answer.
@@ -150,9 +177,26 @@ impl DrainHandle {
         released.await.unwrap_or(false)
     }
 
+    /// Brings the deadline of a pod's drain forward to this moment, if it is later and the pod is in one.
+    pub fn limit(&self, pod: &PodUid, deadline: BootTime) {
+        let _ = self.commands.send(Command::Limit(pod.clone(), deadline));
+    }
+
     /// Releases all holds with reason `shutdown` and ends the driver. Later holds are released at once.
     pub fn shutdown(&self) {
         let _ = self.commands.send(Command::Shutdown);
+    }
+
+    /// Whether drains can go on as they should.
+    ///
+    /// # Errors
+    ///
+    /// Why not, on one line: the driver is gone, or the kernel tells it nothing any more. Neither mends itself.
+    pub fn health(&self) -> Result<(), String> {
+        if self.commands.is_closed() {
+            return Err("nobody holds pods any more".into());
+        }
+        self.view.borrow().blind.clone().map_or(Ok(()), Err)
     }
 
     /// The newest view, and word of each that follows.
@@ -217,7 +261,11 @@ fn orphaned(order: &HoldOrder) -> Arc<Report> {
         cut: vec![],
         cut_total: None,
         late_peers: vec![],
+        still_arriving: false,
         release_lag_us: None,
+        released_by: None,
+        walks: 0,
+        lookups: 0,
         warnings: order.warnings.clone(),
     })
 }

@@ -12,16 +12,18 @@ use tokio::time::timeout;
 use super::*;
 use crate::{
     drain::{
-        policy::{Policy, Until},
-        report::{Phase, PodName},
+        policy::{IdleFlows, Policy, Until},
+        report::{LookKind, Phase},
     },
-    flow::{Direction, Flow, Record, Sample},
+    flow::{Acceptance, Flow, Origin, Sample, TcpState},
     hold::wire::ReleaseReason,
-    ids::{SandboxId, SocketCookie},
-    kernel::Look,
+    ids::{PodName, SandboxId, SocketCookie},
+    kernel::{Edge, Look, LookUp},
+    pods::Container,
 };
 
 const NETNS: NetnsInode = NetnsInode(4_026_532_000);
+const WATCH: WatchId = WatchId(1);
 const QUIET: Duration = Duration::from_millis(40);
 
 /// What the scripted kernel does and has been asked.
@@ -31,6 +33,12 @@ struct Script {
     fails: bool,
     panics: bool,
     hangs: bool,
+    /// Edges that the kernel has counted.
+    edges: u64,
+    /// Lookups fail.
+    mute: bool,
+    /// It closes idle flows until it is told to stop.
+    closes_slowly: bool,
     asked: Vec<&'static str>,
 }
 
@@ -63,17 +71,46 @@ impl Kernel for FakeKernel {
         })
     }
 
-    async fn close_idle(&self, _: &Scope, idle: Vec<Flow>) -> Result<Vec<SocketCookie>, LookError> {
+    async fn close_idle(
+        &self,
+        _: &Scope,
+        idle: Vec<Flow>,
+        over: CancellationToken,
+    ) -> Result<Vec<SocketCookie>, LookError> {
+        self.script().asked.push("close");
+        let slow = self.script().closes_slowly;
+        if slow {
+            over.cancelled().await;
+            self.script().asked.push("stopped closing");
+            return Ok(vec![]);
+        }
         let mut script = self.script();
-        script.asked.push("close");
         let closed: HashSet<_> = idle.iter().map(|f| f.cookie).collect();
         script.samples.retain(|s| !closed.contains(&s.cookie));
         Ok(closed.into_iter().collect())
     }
 
-    fn watch(&self, _: &Scope) -> Result<(), LookError> {
+    async fn look_up(
+        &self,
+        _: &Scope,
+        flows: Vec<(SocketAddr, SocketAddr)>,
+    ) -> Result<LookUp, LookError> {
+        let mut script = self.script();
+        script.asked.push("lookup");
+        if script.mute {
+            return Err(LookError("no such namespace".into()));
+        }
+        let asked_for = |s: &&Sample| flows.contains(&(s.local, s.remote));
+        Ok(LookUp {
+            taken_at: BootTime::now(),
+            edges: script.edges,
+            samples: script.samples.iter().filter(asked_for).cloned().collect(),
+        })
+    }
+
+    fn watch(&self, _: &Scope) -> Result<WatchId, LookError> {
         self.script().asked.push("watch");
-        Ok(())
+        Ok(WATCH)
     }
 
     fn unwatch(&self, _: &Scope) {
@@ -112,7 +149,15 @@ fn house(samples: Vec<Sample>) -> House {
 }
 
 impl House {
+    /// The kernel counts an edge and reports it.
     async fn edge(&self, edge: Edge) {
+        if edge.watch == WATCH {
+            self.kernel.script().edges += 1;
+        }
+        self.report(edge).await;
+    }
+
+    async fn report(&self, edge: Edge) {
         let events = self.events.as_ref().expect("events are on");
         events
             .send(KernelEvent::Edge(edge))
@@ -181,6 +226,7 @@ fn order(pod: Arc<Pod>, policy: Policy) -> HoldOrder {
         warnings: vec![],
         grace: Some(Duration::from_secs(60)),
         patience: None,
+        deleted: None,
     }
 }
 
@@ -199,19 +245,22 @@ fn sample(cookie: u64) -> Sample {
         since_received: Duration::ZERO,
         since_ack: Duration::ZERO,
         bare_ack: false,
+        to_wait_port: false,
         cgroup: None,
-        record: Some(Record {
-            direction: Direction::Inbound,
+        origin: Origin::Accepted(Acceptance {
             opened_at: BootTime::from_nanos(1),
             seeded: false,
+            probe: false,
         }),
     }
 }
 
 fn edge(cookie: u64, from: TcpState, to: TcpState) -> Edge {
     Edge {
+        own: false,
         cgroup: CgroupId(77),
         netns: NETNS,
+        watch: WATCH,
         cookie: SocketCookie(cookie),
         local: SocketAddr::from(([10, 0, 0, 1], 80)),
         remote: SocketAddr::from(([10, 0, 0, 2], 40_000)),
@@ -274,6 +323,135 @@ async fn the_last_close_releases_at_once_and_the_report_says_how_fast() {
         report.release_lag_us.expect("a close ended it") < 1_000_000,
         "{report:?}"
     );
+    assert_eq!(report.released_by, Some(LookKind::Lookup));
+    assert_eq!((report.walks, report.lookups), (2, 1));
+}
+
+/// A drain whose one flow holds, in the drain phase, when it has looked.
+async fn held_by_one(house: &House) -> Hold {
+    let hold = house.drains.hold(order(pod("a"), policy())).await;
+    house
+        .until_view(|v| v.active.iter().any(|r| r.walks == 2))
+        .await;
+    hold
+}
+
+#[tokio::test]
+async fn lookups_wait_for_edges_that_are_under_way_and_are_made_anew() {
+    let house = house(vec![sample(1)]);
+    let hold = held_by_one(&house).await;
+    house.close_all();
+    house.kernel.script().edges = 3;
+    house
+        .report(edge(1, TcpState::FinWait1, TcpState::FinWait2))
+        .await;
+    house
+        .report(edge(2, TcpState::SynRecv, TcpState::Close))
+        .await;
+    while house.asked("lookup") == 0 {
+        tokio::task::yield_now().await;
+    }
+    house
+        .report(edge(1, TcpState::FinWait2, TcpState::Close))
+        .await;
+    let report = released(&hold).await;
+    assert_eq!(report.reason, Some(ReleaseReason::Drained));
+    // Unless this test was so slow that the edge was given up.
+    if report.released_by == Some(LookKind::Lookup) {
+        assert_eq!((house.asked("look"), report.lookups), (2, 1));
+        assert!(house.asked("lookup") > 1);
+    }
+}
+
+#[tokio::test]
+async fn an_edge_that_never_comes_costs_a_walk() {
+    let house = house(vec![sample(1)]);
+    let hold = held_by_one(&house).await;
+    house.close_all();
+    house.kernel.script().edges = 1;
+    house.edge(closes(1)).await;
+    let report = released(&hold).await;
+    assert_eq!(report.reason, Some(ReleaseReason::Drained));
+    assert_eq!(report.released_by, Some(LookKind::Walk));
+    assert_eq!((house.asked("look"), report.lookups), (3, 0));
+}
+
+#[tokio::test]
+async fn an_open_edge_that_was_lost_in_silence_cuts_nobody() {
+    let house = house(vec![sample(1)]);
+    let hold = held_by_one(&house).await;
+    {
+        let mut script = house.kernel.script();
+        script.samples = vec![sample(2)];
+        script.edges = 1;
+    }
+    house.edge(closes(1)).await;
+    let early = timeout(5 * QUIET, hold.released()).await;
+    assert!(early.is_err(), "a flow holds: {early:?}");
+    assert_eq!(house.asked("look"), 3);
+}
+
+#[tokio::test]
+async fn a_fast_open_flow_that_is_closed_before_its_handshake_is_done_holds() {
+    for to in [TcpState::FinWait1, TcpState::CloseWait] {
+        let house = house(vec![sample(1)]);
+        let hold = held_by_one(&house).await;
+        house.kernel.script().samples = vec![Sample {
+            state: to,
+            unacked: 5,
+            remote: SocketAddr::from(([10, 0, 0, 2], 40_002)),
+            ..sample(2)
+        }];
+        let early = Edge {
+            remote: SocketAddr::from(([10, 0, 0, 2], 40_002)),
+            ..edge(2, TcpState::SynRecv, to)
+        };
+        house.edge(early).await;
+        house.edge(closes(1)).await;
+        let early = timeout(5 * QUIET, hold.released()).await;
+        assert!(early.is_err(), "a flow holds: {early:?}");
+        house.close_all();
+        house
+            .edge(Edge {
+                remote: SocketAddr::from(([10, 0, 0, 2], 40_002)),
+                ..edge(2, to, TcpState::Close)
+            })
+            .await;
+        let report = released(&hold).await;
+        assert_eq!(report.reason, Some(ReleaseReason::Drained), "{to:?}");
+    }
+}
+
+#[tokio::test]
+async fn edges_of_an_earlier_watch_are_not_counted() {
+    let house = house(vec![sample(1)]);
+    let hold = held_by_one(&house).await;
+    {
+        let mut script = house.kernel.script();
+        script.samples = vec![sample(2)];
+        // The edge that opened the second is still under way.
+        script.edges = 1;
+    }
+    let earlier = Edge {
+        watch: WatchId(7),
+        ..closes(9)
+    };
+    house.report(earlier).await;
+    house.edge(closes(1)).await;
+    let early = timeout(5 * QUIET, hold.released()).await;
+    assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn lookups_that_fail_are_made_up_for_by_a_walk() {
+    let house = house(vec![sample(1)]);
+    house.kernel.script().mute = true;
+    let hold = held_by_one(&house).await;
+    house.close_all();
+    house.edge(closes(1)).await;
+    let report = released(&hold).await;
+    assert_eq!(report.reason, Some(ReleaseReason::Drained));
+    assert_eq!(report.released_by, Some(LookKind::Walk));
 }
 
 #[tokio::test]
@@ -308,6 +486,7 @@ async fn edges_of_other_pods_ignored_ports_and_the_pod_itself_are_not_heard() {
     house
         .edge(Edge {
             netns: NetnsInode(1),
+            watch: WatchId(2),
             ..opens(1)
         })
         .await;
@@ -345,6 +524,7 @@ async fn a_host_network_pod_is_known_by_its_cgroups() {
     house
         .edge(Edge {
             cgroup: CgroupId(78),
+            watch: WatchId(2),
             ..opens(2)
         })
         .await;
@@ -386,6 +566,106 @@ async fn a_hold_long_after_a_drain_is_checked_anew_against_the_kernel() {
     let held = house.drains.hold(order(pod("a"), policy())).await;
     let early = timeout(5 * QUIET, held.released()).await;
     assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn who_goes_on_asking_does_not_keep_the_first_deadline_for_ever() {
+    let house = house(vec![]);
+    let first = house.drains.hold(order(pod("a"), policy())).await;
+    released(&first).await;
+    let begun = BootTime::now();
+    // More often than it is forgotten.
+    let fresh = loop {
+        tokio::time::sleep(SAME_ANSWER + QUIET).await;
+        let again = house.drains.hold(order(pod("a"), policy())).await;
+        released(&again).await;
+        if again.deadline() != first.deadline() {
+            break again.deadline();
+        }
+        let asked_for = BootTime::now().since(begun);
+        assert!(asked_for < 3 * journal::KEEP, "never a new one");
+    };
+    assert!(BootTime::now().since(begun) > journal::KEEP);
+    assert!(fresh > first.deadline());
+}
+
+#[tokio::test]
+async fn a_deletion_after_the_drain_of_a_restart_has_a_deadline_of_its_own() {
+    let house = house(vec![]);
+    let restart = house.drains.hold(order(pod("a"), policy())).await;
+    released(&restart).await;
+    house.kernel.script().samples = vec![sample(1)];
+    let now = BootTime::now();
+    let deleted = |deleted| HoldOrder {
+        deleted: Some(deleted),
+        ..order(pod("a"), policy())
+    };
+    // Its news came somewhat late: it is what the first hold was for.
+    let same = house.drains.hold(deleted(now + NEWS_WITHIN / 2)).await;
+    assert_eq!(same.deadline(), restart.deadline());
+    let later = house.drains.hold(deleted(now + 2 * NEWS_WITHIN)).await;
+    assert!(later.deadline() > restart.deadline());
+    let early = timeout(5 * QUIET, later.released()).await;
+    assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn after_the_restart_of_a_container_a_stop_has_a_deadline_of_its_own() {
+    let house = house(vec![]);
+    let with = |ids: &[(&str, bool)]| {
+        let containers = ids.iter().map(|(id, running)| Container {
+            id: ContainerId::new(*id),
+            name: "app".into(),
+            running: *running,
+            grace: None,
+            wait_port: Ok(None),
+        });
+        let pod = Pod {
+            containers: containers.collect(),
+            ..(*pod("a")).clone()
+        };
+        order(Arc::new(pod), policy())
+    };
+    let restart = house.drains.hold(with(&[("c1", true)])).await;
+    released(&restart).await;
+    let same = house.drains.hold(with(&[("c1", false)])).await;
+    assert_eq!(same.deadline(), restart.deadline());
+    house.kernel.script().samples = vec![sample(1)];
+    let later = house
+        .drains
+        .hold(with(&[("c1", false), ("c2", true)]))
+        .await;
+    assert!(later.deadline() > restart.deadline());
+    let early = timeout(5 * QUIET, later.released()).await;
+    assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn in_a_new_sandbox_a_pod_has_a_deadline_of_its_own_also_before_its_containers_run() {
+    let house = house(vec![]);
+    let before = house.drains.hold(order(pod("a"), policy())).await;
+    released(&before).await;
+    house.kernel.script().samples = vec![sample(1)];
+    let again = Pod {
+        sandbox: SandboxId::new("another"),
+        ..(*pod("a")).clone()
+    };
+    let later = house.drains.hold(order(Arc::new(again), policy())).await;
+    assert!(later.deadline() > before.deadline());
+    let early = timeout(5 * QUIET, later.released()).await;
+    assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn a_shorter_grace_brings_the_end_of_a_drain_forward_and_a_longer_one_does_not_put_it_off() {
+    let house = house(vec![sample(1)]);
+    let hold = house.drains.hold(order(pod("a"), policy())).await;
+    let (a, deadline) = (PodUid::new("a"), hold.deadline());
+    house.drains.limit(&a, deadline + QUIET);
+    house.drains.limit(&PodUid::new("b"), BootTime::now());
+    house.drains.limit(&a, BootTime::now() + 4 * QUIET);
+    assert_eq!(released(&hold).await.reason, Some(ReleaseReason::Deadline));
+    assert!(hold.deadline() < deadline);
 }
 
 #[tokio::test]
@@ -447,6 +727,27 @@ async fn a_second_hold_shortens_the_deadline_for_all_unless_its_grace_is_unknown
         (report.reason, report.cut_total.unwrap()),
         (Some(ReleaseReason::Deadline), 1)
     );
+}
+
+#[tokio::test]
+async fn a_limit_brings_the_deadline_of_its_own_pod_forward_and_never_back() {
+    let house = house(vec![sample(1)]);
+    let first = house.drains.hold(order(pod("a"), policy())).await;
+    let other = house.drains.hold(order(pod("b"), policy())).await;
+    let (deadline, others) = (first.deadline(), other.deadline());
+    let uid = PodUid::new("a");
+    house.drains.limit(&uid, deadline + Duration::from_secs(60));
+    house.drains.limit(&PodUid::new("c"), BootTime::now());
+    house
+        .drains
+        .limit(&uid, BootTime::now() + Duration::from_millis(300));
+    let report = released(&first).await;
+    assert_eq!(
+        (report.reason, report.cut_total),
+        (Some(ReleaseReason::Deadline), Some(1))
+    );
+    assert!(first.deadline() < deadline);
+    assert_eq!(other.deadline(), others);
 }
 
 #[tokio::test]
@@ -562,6 +863,26 @@ async fn without_events_drains_are_untracked() {
 }
 
 #[tokio::test]
+async fn a_driver_that_is_gone_or_hears_nothing_is_not_well() {
+    let mut house = house(vec![]);
+    assert_eq!(house.drains.health(), Ok(()));
+    house.events = None;
+    house.until_view(|v| v.blind.is_some()).await;
+    assert!(
+        house
+            .drains
+            .health()
+            .unwrap_err()
+            .contains("events have ended")
+    );
+    house.drains.shutdown();
+    timeout(Duration::from_secs(5), house.drains.commands.closed())
+        .await
+        .expect("in time");
+    assert!(house.drains.health().unwrap_err().contains("nobody"));
+}
+
+#[tokio::test]
 async fn finished_drains_are_kept_newest_first_and_bounded() {
     let house = house(vec![]);
     let policy = Policy {
@@ -662,4 +983,34 @@ async fn lost_events_are_made_up_for_by_a_look() {
         (report.reason, report.ended.unwrap()),
         (Some(ReleaseReason::Drained), 1)
     );
+}
+
+#[tokio::test]
+async fn closing_idle_flows_ends_with_the_drain() {
+    let idle = Sample {
+        since_sent: Duration::from_secs(60),
+        since_received: Duration::from_secs(61),
+        since_ack: Duration::from_secs(60),
+        ..sample(1)
+    };
+    let house = house(vec![idle]);
+    house.kernel.script().closes_slowly = true;
+    let policy = Policy {
+        idle_flows: IdleFlows::Close,
+        ..policy()
+    };
+    let hold = house.drains.hold(order(pod("a"), policy)).await;
+    let asked = async |what| {
+        while house.asked(what) == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let within = Duration::from_secs(5);
+    timeout(within, asked("close")).await.expect("it is idle");
+    assert_eq!(house.asked("stopped closing"), 0);
+    assert!(house.drains.release(&PodUid::new("a")).await);
+    timeout(within, asked("stopped closing"))
+        .await
+        .expect("nobody waits any more");
+    assert_eq!(released(&hold).await.reason, Some(ReleaseReason::Manual));
 }

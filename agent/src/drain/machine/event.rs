@@ -4,10 +4,9 @@ use std::net::SocketAddr;
 
 use crate::{
     clock::BootTime,
-    drain::report::PodName,
     flow::{Flow, Snapshot},
     hold::wire::ReleaseReason,
-    ids::SocketCookie,
+    ids::{PodName, SocketCookie},
 };
 
 /// What happened.
@@ -35,6 +34,13 @@ pub enum Event {
     Looked(Snapshot),
     /// The look that was asked for failed; the text says why.
     LookFailed(String),
+    /// The lookups that were asked for: those of the flows that are still there. No edge that the kernel had
+    /// counted when it was asked is outstanding.
+    LookedUp(Snapshot),
+    /// The lookups that were asked for are worth nothing, because edges were outstanding; those have arrived.
+    Outdated,
+    /// The lookups that were asked for tell nothing: edges are missing, or the kernel does not say.
+    Unclear,
     /// Those of the flows that were to be closed have been told to close; the others had moved.
     IdleClosed(Vec<SocketCookie>),
     /// Edges were lost.
@@ -57,10 +63,24 @@ pub enum Action {
     /// Look at the pod's flows, and answer with [`Event::Looked`] or [`Event::LookFailed`]. There is
     /// never more than one such request open.
     Look,
+    /// Look up these flows alone, and answer with [`Event::LookedUp`], [`Event::Outdated`] or
+    /// [`Event::Unclear`]. Counts as a look: one request at a time.
+    LookUp(Vec<Ends>),
     /// Close these idle flows, those that have not moved since, and answer with [`Event::IdleClosed`].
     CloseIdle(Vec<Flow>),
     /// Release all holds. Comes once; the report is final.
     Release(ReleaseReason),
+}
+
+/// What names a flow to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ends {
+    /// Its socket.
+    pub cookie: SocketCookie,
+    /// The pod's end.
+    pub local: SocketAddr,
+    /// The peer.
+    pub remote: SocketAddr,
 }
 
 /// What a drain is about.

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use super::event::Ends;
 use crate::{clock::BootTime, flow::Flow, ids::SocketCookie};
 
 /// For how long after its close edge a look may still show a flow. The edge is emitted just before the
@@ -24,19 +25,27 @@ pub(super) struct Opened {
     pub(super) at: BootTime,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
+    local: SocketAddr,
+    remote: SocketAddr,
     /// The earliest moment at which the flow can stop blocking without an edge; `None`: it does not block.
     blocks_until: Option<BootTime>,
     /// How it was announced, if by an edge.
     opened: Option<Opened>,
+    /// Other subflows of the same connection, which goes on with one of them.
+    others: Vec<SocketCookie>,
+    /// The last look has not shown it, and no edge has told of its end.
+    missed: bool,
 }
 
 /// What a look changed.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Reconciled {
-    /// Flows that ended without an edge.
+    /// Flows that ended without an edge: two looks in a row have not shown them.
     pub(super) vanished: u32,
+    /// Flows that this look does not show, though no edge has told of their end.
+    pub(super) missed: u32,
     /// Flows in the look that ended while it was being taken.
     pub(super) just_closed: u32,
 }
@@ -48,9 +57,23 @@ pub(super) struct OpenFlows {
     open: HashMap<SocketCookie, Entry>,
     /// Those of them that block the release, by the earliest moment at which they can stop.
     blocking: BTreeSet<(BootTime, SocketCookie)>,
+    /// How many of them the last look has not shown.
+    missed: usize,
     /// Closed lately.
     closed: HashMap<SocketCookie, BootTime>,
+    /// Those that were open, until the kernel's tables have shown that they are gone.
+    unconfirmed: HashMap<SocketCookie, (Ends, BootTime)>,
+    /// How many of each had closed when a look last let some of them be forgotten.
+    remembered: usize,
+    /// The last walk has shown a connection of several subflows. An exact lookup tells of one, so that only walks say
+    /// that nothing is open.
+    several: bool,
+    /// Of which flow each other subflow is.
+    leads: HashMap<SocketCookie, SocketCookie>,
 }
+
+/// As many flows may have closed since a look before another one is needed to forget them: some megabytes.
+const MANY_CLOSED: usize = 16_384;
 
 impl OpenFlows {
     /// Adds a flow that blocks at least until `blocks_until`. `false` if it was known, open or closed.
@@ -60,23 +83,57 @@ impl OpenFlows {
         how: Opened,
         blocks_until: BootTime,
     ) -> bool {
-        if self.open.contains_key(&cookie) || self.closed.contains_key(&cookie) {
+        if self.open.contains_key(&cookie)
+            || self.closed.contains_key(&cookie)
+            || self.leads.contains_key(&cookie)
+        {
             return false;
         }
         self.insert(
             cookie,
             Entry {
+                local: how.local,
+                remote: how.remote,
                 blocks_until: Some(blocks_until),
                 opened: Some(how),
+                others: vec![],
+                missed: false,
             },
         );
         true
     }
 
-    /// Removes a flow. `false` if it was not among the open ones.
+    /// Removes a flow. `false` if it was not among the open ones, or goes on with another subflow.
     pub(super) fn closed(&mut self, cookie: SocketCookie, at: BootTime) -> bool {
         self.closed.entry(cookie).or_insert(at);
-        self.remove(cookie)
+        if let Some(lead) = self.leads.remove(&cookie) {
+            if let Some(entry) = self.open.get_mut(&lead) {
+                entry.others.retain(|other| *other != cookie);
+            }
+            return false;
+        }
+        let Some(mut entry) = self.remove(cookie) else {
+            return false;
+        };
+        let ends = entry.ends(cookie);
+        self.unconfirmed.insert(cookie, (ends, at));
+        if let Some(next) = entry.others.pop() {
+            // Under the ends of the one before, until the next walk tells.
+            self.leads.remove(&next);
+            self.insert(next, entry);
+            return false;
+        }
+        true
+    }
+
+    /// Whether so many have closed that a look is wanted, which lets them be forgotten.
+    pub(super) fn are_many_closed(&self) -> bool {
+        self.closed.len().max(self.unconfirmed.len()) > self.remembered + MANY_CLOSED
+    }
+
+    /// Whether a flow is believed open that the last look has not shown.
+    pub(super) fn is_one_missed(&self) -> bool {
+        self.missed > 0
     }
 
     /// Makes the set what a look of `taken_at` shows: `holding` flows, each with the moment until which
@@ -89,32 +146,99 @@ impl OpenFlows {
         exempt: &HashSet<SocketCookie>,
     ) -> Reconciled {
         let mut result = Reconciled::default();
+        self.several = holding.iter().any(|(flow, _)| !flow.others.is_empty());
         self.closed.retain(|_, at| *at + CLOSE_SETTLES > taken_at);
         let mut before = std::mem::take(&mut self.open);
+        let leads = std::mem::take(&mut self.leads);
         self.blocking.clear();
+        self.missed = 0;
+        self.unconfirmed.retain(|_, (_, at)| *at >= taken_at);
+        self.remembered = self.closed.len().max(self.unconfirmed.len());
         for (flow, blocks_until) in holding {
             let known = before.remove(&flow.cookie);
-            if self.closed.contains_key(&flow.cookie) {
-                result.just_closed += 1;
-            } else {
-                let opened = known.and_then(|e| e.opened);
-                self.insert(
-                    flow.cookie,
-                    Entry {
-                        blocks_until: *blocks_until,
-                        opened,
-                    },
-                );
+            // It may have been known by another subflow, which is gone.
+            let known = known.or_else(|| before.remove(leads.get(&flow.cookie)?));
+            let mut left = [&flow.cookie].into_iter().chain(&flow.others);
+            let name = left.find(|subflow| !self.closed.contains_key(subflow));
+            let entry = Entry {
+                local: flow.local,
+                remote: flow.remote,
+                blocks_until: *blocks_until,
+                opened: known.and_then(|e| e.opened),
+                others: left
+                    .filter(|subflow| !self.closed.contains_key(subflow))
+                    .copied()
+                    .collect(),
+                missed: false,
+            };
+            if let Some(at) = self.closed.get(&flow.cookie) {
+                let ends = entry.ends(flow.cookie);
+                self.unconfirmed.insert(flow.cookie, (ends, *at));
+            }
+            match name {
+                Some(name) => self.insert(*name, entry),
+                None => result.just_closed += 1,
             }
         }
-        for (cookie, entry) in before {
+        for (cookie, mut entry) in before {
             if entry.opened.is_some_and(|o| o.at >= taken_at) {
                 self.insert(cookie, entry);
+            } else if entry.missed || self.leads.contains_key(&cookie) {
+                result.vanished += u32::from(!exempt.contains(&cookie));
             } else if !exempt.contains(&cookie) {
-                result.vanished += 1;
+                // A walk goes on in a chain of the kernel's table by the number of sockets that it has shown: where one
+                // of those has closed meanwhile, it passes over another (`inet_diag_dump_icsk` in
+                // net/ipv4/inet_diag.c). So one walk alone does not tell that a flow is gone.
+                entry.missed = true;
+                result.missed += 1;
+                self.insert(cookie, entry);
             }
         }
         result
+    }
+
+    /// What lookups must show for the picture to be whole: the flows believed open, and those whose end the
+    /// kernel's tables have not confirmed. `None` if these are more than `few`.
+    pub(super) fn to_look_up(&self, few: usize) -> Option<Vec<Ends>> {
+        if self.several || self.open.len() + self.unconfirmed.len() > few {
+            return None;
+        }
+        let open = self.open.iter().map(|(cookie, e)| e.ends(*cookie));
+        let gone = self.unconfirmed.values().map(|(ends, _)| *ends);
+        let mut all: Vec<_> = open.chain(gone).collect();
+        all.sort_unstable();
+        Some(all)
+    }
+
+    /// Whether lookups of `taken_at` fit with what edges have told: `found` has all that are believed open,
+    /// but those announced since, and none that closed long before.
+    pub(super) fn agree(&self, taken_at: BootTime, found: &HashSet<SocketCookie>) -> bool {
+        let open = self.open.iter().all(|(cookie, e)| {
+            found.contains(cookie) || e.opened.is_some_and(|o| o.at >= taken_at)
+        });
+        let gone = self
+            .unconfirmed
+            .iter()
+            .all(|(cookie, (_, at))| !found.contains(cookie) || *at + CLOSE_SETTLES > taken_at);
+        open && gone
+    }
+
+    /// How the flow was announced, if it is open and was announced by an edge.
+    pub(super) fn opened_how(&self, cookie: SocketCookie) -> Option<Opened> {
+        self.open.get(&cookie)?.opened
+    }
+
+    /// Those of `shown` whose end is not confirmed: an edge has told of it, and lookups still show them.
+    pub(super) fn closing(&self, shown: &HashSet<SocketCookie>) -> Vec<(Ends, BootTime)> {
+        let mut closing: Vec<_> = self.unconfirmed.values().copied().collect();
+        closing.retain(|(ends, _)| shown.contains(&ends.cookie));
+        closing
+    }
+
+    /// Has the end of these confirmed another time.
+    pub(super) fn confirm_later(&mut self, closing: Vec<(Ends, BootTime)>) {
+        let closing = closing.into_iter().map(|c| (c.0.cookie, c));
+        self.unconfirmed.extend(closing);
     }
 
     /// Is this flow believed open?
@@ -153,17 +277,29 @@ impl OpenFlows {
         if let Some(until) = entry.blocks_until {
             self.blocking.insert((until, cookie));
         }
+        self.missed += usize::from(entry.missed);
+        let others = entry.others.iter().map(|other| (*other, cookie));
+        self.leads.extend(others);
         self.open.insert(cookie, entry);
     }
 
-    fn remove(&mut self, cookie: SocketCookie) -> bool {
-        let Some(entry) = self.open.remove(&cookie) else {
-            return false;
-        };
+    fn remove(&mut self, cookie: SocketCookie) -> Option<Entry> {
+        let entry = self.open.remove(&cookie)?;
         if let Some(until) = entry.blocks_until {
             self.blocking.remove(&(until, cookie));
         }
-        true
+        self.missed -= usize::from(entry.missed);
+        Some(entry)
+    }
+}
+
+impl Entry {
+    const fn ends(&self, cookie: SocketCookie) -> Ends {
+        Ends {
+            cookie,
+            local: self.local,
+            remote: self.remote,
+        }
     }
 }
 
@@ -178,6 +314,10 @@ mod tests {
         remote: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4000),
         at: BootTime::from_nanos(10),
     };
+
+    fn ms(ms: u64) -> BootTime {
+        BootTime::from_nanos(ms * 1_000_000)
+    }
 
     fn picture(flows: &OpenFlows) -> (BTreeSet<SocketCookie>, BTreeSet<(BootTime, SocketCookie)>) {
         (flows.open.keys().copied().collect(), flows.blocking.clone())
@@ -225,13 +365,44 @@ mod tests {
             Reconciled::default()
         );
         assert!(flows.blocked());
-        assert_eq!(
-            flows
-                .reconcile(BootTime::from_nanos(11), &[], &none)
-                .vanished,
-            1
-        );
-        assert!(!flows.blocked());
+        for (vanished, missed) in [(0, 1), (1, 0)] {
+            let changed = flows.reconcile(BootTime::from_nanos(11), &[], &none);
+            assert_eq!((changed.vanished, changed.missed), (vanished, missed));
+            assert_eq!(flows.blocked(), missed > 0, "one walk may pass over it");
+            assert_eq!(flows.is_one_missed(), missed > 0);
+        }
+    }
+
+    #[test]
+    fn a_missed_flow_that_closes_or_is_shown_again_is_missed_no_more() {
+        let none = HashSet::new();
+        let mut flows = OpenFlows::default();
+        flows.opened(SocketCookie(1), HOW, NEVER);
+        flows.reconcile(BootTime::from_nanos(11), &[], &none);
+        assert!(flows.closed(SocketCookie(1), BootTime::from_nanos(12)));
+        assert!(!flows.is_one_missed() && !flows.blocked());
+    }
+
+    #[test]
+    fn so_many_closes_want_a_look_and_that_forgets_them() {
+        let none = HashSet::new();
+        let mut flows = OpenFlows::default();
+        let close = |flows: &mut OpenFlows, when: u64| {
+            for n in 0..MANY_CLOSED as u64 {
+                let (cookie, at) = (SocketCookie((when << 32) | n), ms(when));
+                flows.opened(cookie, HOW, NEVER);
+                flows.closed(cookie, at);
+            }
+        };
+        close(&mut flows, 1);
+        assert!(!flows.are_many_closed());
+        flows.closed(SocketCookie(7 << 48), ms(1));
+        assert!(flows.are_many_closed());
+        // Within a second of their close a look may still show them, so that they are remembered.
+        flows.reconcile(ms(500), &[], &none);
+        assert!(!flows.are_many_closed());
+        flows.reconcile(ms(2000), &[], &none);
+        assert!(flows.closed.is_empty() && flows.unconfirmed.is_empty());
     }
 
     #[test]

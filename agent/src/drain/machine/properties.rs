@@ -9,6 +9,7 @@ use super::{
     tests::{START, closed, flow, opened, subject},
     *,
 };
+use crate::drain::policy::IdleFlows;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -22,10 +23,14 @@ enum Op {
         which: usize,
         keep: bool,
     },
-    /// Close edges are thrown away and the loss is reported.
+    /// Edges are thrown away and the loss is reported.
     Lose,
+    /// An edge is lost, and nobody hears of it for now.
+    Drop(usize),
     /// The kernel answers the look that is under way …
     TakeLook,
+    /// … and a walk passes over the n-th of the open flows that the walk before has shown …
+    TakePoorLook(usize),
     /// … and the answer arrives, or a failure.
     EndLook {
         fails: bool,
@@ -43,9 +48,11 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         3 => Just(Op::Open),
         4 => which.clone().prop_map(Op::Close),
         2 => (which.clone(), any::<bool>()).prop_map(|(n, live)| Op::Speak(n, live)),
-        6 => (which, prop::bool::weighted(0.2)).prop_map(|(which, keep)| Op::Edge { which, keep }),
+        6 => (which.clone(), prop::bool::weighted(0.2)).prop_map(|(which, keep)| Op::Edge { which, keep }),
         1 => Just(Op::Lose),
+        1 => which.clone().prop_map(Op::Drop),
         8 => Just(Op::TakeLook),
+        1 => which.clone().prop_map(Op::TakePoorLook),
         8 => prop::bool::weighted(0.15).prop_map(|fails| Op::EndLook { fails }),
         1 => prop::bool::weighted(0.05).prop_map(|yes| if yes { Op::Untracked } else { Op::Wake }),
         1 => (0..80_000_u64).prop_map(Op::Limit),
@@ -62,13 +69,40 @@ struct WorldFlow {
     live: bool,
 }
 
+/// An edge that waits to be delivered, or to be delivered again.
+#[derive(Clone)]
+struct WorldEdge {
+    event: Event,
+    received: bool,
+    /// How many had been counted, with it.
+    number: u64,
+}
+
+/// What the machine has asked for.
+enum Asked {
+    Walk,
+    /// So many edges had been received by then.
+    LookUp(Vec<Ends>, u64),
+}
+
 struct World {
     machine: Machine,
     now: u64,
     flows: BTreeMap<u64, WorldFlow>,
-    edges: Vec<Event>,
-    looking: bool,
-    look: Option<Snapshot>,
+    edges: Vec<WorldEdge>,
+    /// Edges that the kernel has counted, and those of them that were delivered.
+    counted: u64,
+    received: u64,
+    /// Nobody has heard yet that edges were lost: the number of the last.
+    unheard: Option<u64>,
+    asked: Option<Asked>,
+    /// The kernel's answer, and how many edges it had counted before.
+    look: Option<(Snapshot, u64)>,
+    /// Was any flow live then?
+    live_at_answer: bool,
+    /// What the last walk has shown.
+    shown: HashSet<u64>,
+    by_lookup: bool,
     /// Was any flow live at the last look that the machine got?
     live_at_look: bool,
     told_to_close: HashSet<SocketCookie>,
@@ -101,8 +135,14 @@ impl World {
             now: 0,
             flows,
             edges: vec![],
-            looking: false,
+            counted: 0,
+            received: 0,
+            unheard: None,
+            asked: None,
             look: None,
+            live_at_answer: false,
+            shown: HashSet::new(),
+            by_lookup: false,
             live_at_look: false,
             told_to_close: HashSet::new(),
             first_deadline: deadline,
@@ -115,12 +155,18 @@ impl World {
     }
 
     fn give(&mut self, event: Event) {
-        let looked = matches!(event, Event::Looked(_));
+        let looked = matches!(event, Event::Looked(_) | Event::LookedUp(_));
+        self.by_lookup = matches!(event, Event::LookedUp(_));
         match self.machine.step(event, self.time()) {
             None => {}
             Some(Action::Look) => {
-                assert!(!self.looking, "two looks at a time");
-                self.looking = true;
+                let other = self.asked.replace(Asked::Walk);
+                assert!(other.is_none(), "two looks at a time");
+            }
+            Some(Action::LookUp(flows)) => {
+                assert!(flows.len() <= FEW);
+                let other = self.asked.replace(Asked::LookUp(flows, self.received));
+                assert!(other.is_none(), "two looks at a time");
             }
             Some(Action::CloseIdle(idle)) => {
                 assert!(looked, "closed without a fresh look");
@@ -146,6 +192,12 @@ impl World {
                 let until = self.machine.policy().until;
                 if until != Until::Settled {
                     assert!(looked, "no look agreed");
+                    let by = if self.by_lookup {
+                        LookKind::Lookup
+                    } else {
+                        LookKind::Walk
+                    };
+                    assert_eq!(self.machine.report(self.time()).released_by, Some(by));
                 }
                 if until == Until::Zero {
                     assert!(self.flows.values().all(|f| !f.open), "a flow was cut");
@@ -196,13 +248,13 @@ impl World {
                         live: true,
                     },
                 );
-                self.edges.push(opened(cookie, self.now));
+                self.count(opened(cookie, self.now));
             }
             Op::Close(n) => {
                 let now = self.now;
                 if let Some((cookie, flow)) = self.nth_open(n) {
                     (flow.open, flow.still_shown) = (false, true);
-                    self.edges.push(closed(cookie, now));
+                    self.count(closed(cookie, now));
                 }
             }
             Op::Speak(n, live) => {
@@ -213,21 +265,36 @@ impl World {
             Op::Edge { which, keep } => {
                 if let Some(which) = which.checked_rem(self.edges.len()) {
                     let edge = if keep {
-                        self.edges[which].clone()
+                        let again = self.edges[which].clone();
+                        self.edges[which].received = true;
+                        again
                     } else {
                         self.edges.swap_remove(which)
                     };
-                    self.give(edge);
+                    self.deliver(edge);
                 }
             }
             Op::Lose => {
                 self.edges.clear();
+                self.unheard = None;
                 self.give(Event::Lost);
             }
-            Op::TakeLook => {
-                if self.looking && self.look.is_none() {
-                    self.look = Some(self.picture());
+            Op::Drop(which) => {
+                if let Some(which) = which.checked_rem(self.edges.len()) {
+                    let edge = self.edges.swap_remove(which);
+                    if !edge.received {
+                        self.unheard = self.unheard.max(Some(edge.number));
+                    }
                 }
+            }
+            Op::TakeLook => self.take_look(None),
+            Op::TakePoorLook(which) => {
+                let open = |n: &&u64| self.flows.get(n).is_some_and(|f| f.open);
+                let mut shown: Vec<_> = self.shown.iter().filter(open).copied().collect();
+                shown.sort_unstable();
+                let walks = matches!(self.asked, Some(Asked::Walk));
+                let over = which.checked_rem(shown.len()).filter(|_| walks);
+                self.take_look(over.map(|n| shown[n]));
             }
             Op::EndLook { fails } => self.end_look(fails),
             Op::Untracked => self.give(Event::Untracked("the programs are gone".into())),
@@ -246,20 +313,43 @@ impl World {
         }
     }
 
-    fn picture(&self) -> Snapshot {
-        let flows = self
-            .flows
-            .iter()
-            .filter(|(_, f)| f.open || f.still_shown)
-            .map(|(cookie, f)| {
-                flow(
-                    *cookie,
-                    if f.live {
-                        FlowState::Active
-                    } else {
-                        FlowState::Idle
-                    },
-                )
+    fn count(&mut self, event: Event) {
+        self.counted += 1;
+        self.edges.push(WorldEdge {
+            event,
+            received: false,
+            number: self.counted,
+        });
+    }
+
+    fn deliver(&mut self, edge: WorldEdge) {
+        if !edge.received {
+            self.received += 1;
+        }
+        self.give(edge.event);
+    }
+
+    fn picture(&self, asked: &Asked) -> Snapshot {
+        let shown = self.flows.iter().filter(|(_, f)| f.open || f.still_shown);
+        let flows =
+            shown.filter_map(|(cookie, f)| {
+                let state = if f.live {
+                    FlowState::Active
+                } else {
+                    FlowState::Idle
+                };
+                let flow = flow(*cookie, state);
+                match asked {
+                    Asked::Walk => Some(flow),
+                    Asked::LookUp(flows, _) => flows
+                        .iter()
+                        .any(|f| f.cookie == flow.cookie)
+                        .then_some(Flow {
+                            age: None,
+                            since: Since::BeforeAgent,
+                            ..flow
+                        }),
+                }
             });
         Snapshot {
             taken_at: self.time(),
@@ -267,27 +357,70 @@ impl World {
         }
     }
 
-    fn end_look(&mut self, fails: bool) {
-        if !self.looking || (self.look.is_none() && !fails) {
+    fn take_look(&mut self, over: Option<u64>) {
+        if self.look.is_some() {
             return;
         }
-        // The driver's promise: no look before the open edges that the kernel had reported by then.
-        for edge in self.edges.clone() {
-            if matches!(edge, Event::FlowOpened { .. }) {
-                self.give(edge);
+        let Some(asked) = &self.asked else {
+            return;
+        };
+        self.live_at_answer = self.flows.values().any(|f| f.open && f.live);
+        let mut picture = self.picture(asked);
+        picture.flows.retain(|f| Some(f.cookie.0) != over);
+        self.look = Some((picture, self.counted));
+    }
+
+    fn end_look(&mut self, fails: bool) {
+        if self.look.is_none() && !fails {
+            return;
+        }
+        let Some(asked) = self.asked.take() else {
+            return;
+        };
+        let look = self.look.take();
+        // The driver's promise: no look before the open edges that the kernel had reported by then, and no
+        // walk before word of a loss. Lookups do not rely on it for what was counted before them.
+        let before = match (&asked, &look) {
+            (Asked::LookUp(..), Some((_, counted))) => *counted,
+            _ => 0,
+        };
+        // The machine is still waiting for its answer.
+        self.asked = Some(asked);
+        if self.unheard.is_some_and(|number| number > before) {
+            self.unheard = None;
+            self.give(Event::Lost);
+        }
+        for n in 0..self.edges.len() {
+            let edge = self.edges[n].clone();
+            if matches!(edge.event, Event::FlowOpened { .. }) && edge.number > before {
+                self.edges[n].received = true;
+                self.deliver(edge);
             }
         }
         if self.ended.is_some() {
             return;
         }
-        self.looking = false;
-        let look = self.look.take();
-        if fails {
-            self.give(Event::LookFailed("busy".into()));
-        } else if let Some(look) = look {
-            self.live_at_look = look.holding().any(|f| f.state.is_live());
-            self.give(Event::Looked(look));
-        }
+        let answer = match (self.asked.take(), look) {
+            (Some(Asked::Walk), Some((look, _))) if !fails => {
+                self.live_at_look =
+                    self.live_at_answer || look.holding().any(|f| f.state.is_live());
+                self.shown = look.flows.iter().map(|f| f.cookie.0).collect();
+                Event::Looked(look)
+            }
+            (Some(Asked::LookUp(_, received)), Some((found, counted))) if !fails => {
+                if received == counted {
+                    self.live_at_look = self.live_at_answer;
+                    Event::LookedUp(found)
+                } else if self.received >= counted {
+                    Event::Outdated
+                } else {
+                    Event::Unclear
+                }
+            }
+            (Some(Asked::Walk), _) => Event::LookFailed("busy".into()),
+            _ => Event::Unclear,
+        };
+        self.give(answer);
     }
 }
 
@@ -336,8 +469,35 @@ proptest! {
             world.run(Op::TakeLook);
             world.run(Op::EndLook { fails: false });
             steps += 1;
-            // One look in 100 ms, each with its wake, and some for the growing pauses.
+            // One look in 100 ms, or a round of lookups, each with its wake, and some for the growing pauses.
             prop_assert!(steps < 1400, "spinning: {:?}", world.machine);
         }
     }
+}
+
+#[test]
+fn in_this_world_lookups_release_what_edges_have_emptied() {
+    let mut world = World::new(Until::Zero, IdleFlows::Keep, 60_000, 3);
+    world.give(Event::Tick);
+    let mut until = |ops: &[Op]| ops.iter().for_each(|op| world.run(op.clone()));
+    let look = [Op::TakeLook, Op::EndLook { fails: false }];
+    until(&look);
+    until(&[Op::Wake]);
+    until(&look);
+    until(&[
+        Op::Open,
+        Op::Close(0),
+        Op::Close(0),
+        Op::Close(0),
+        Op::Close(0),
+    ]);
+    let edge = Op::Edge {
+        which: 0,
+        keep: false,
+    };
+    until(&vec![edge.clone(); 4]);
+    until(&[Op::Pass(10), edge]);
+    until(&look);
+    assert_eq!(world.ended, Some(ReleaseReason::Drained));
+    assert!(world.by_lookup);
 }

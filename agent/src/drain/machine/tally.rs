@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::flows::OpenFlows;
+use super::flows::{OpenFlows, Opened};
 use crate::{
     clock::{BootTime, millis},
     drain::report::{Change, CutFlow, LatePeer, Phase},
@@ -20,6 +20,13 @@ const MAX_LATE_PEERS: usize = 64;
 /// Addresses that are counted; those that come after so many others are not.
 const MAX_COUNTED_PEERS: usize = 4096;
 
+/// The flows that arrived from one address.
+#[derive(Clone, Copy, Debug, Default)]
+struct Late {
+    flows: u32,
+    last: BootTime,
+}
+
 /// The sums of a drain.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
@@ -29,17 +36,19 @@ pub(super) struct Tally {
     pub(super) arrived: u32,
     pub(super) ended: u32,
     pub(super) idle_closed: u32,
-    late: HashMap<IpAddr, u32>,
+    late: HashMap<IpAddr, Late>,
     last_look: Option<Snapshot>,
 }
 
 impl Tally {
     /// A flow arrived from `remote`.
-    pub(super) fn arrival(&mut self, remote: SocketAddr) {
+    pub(super) fn arrival(&mut self, remote: SocketAddr, at: BootTime) {
         self.arrived = self.arrived.saturating_add(1);
         let address = remote.ip().to_canonical();
         if self.late.len() < MAX_COUNTED_PEERS || self.late.contains_key(&address) {
-            *self.late.entry(address).or_default() += 1;
+            let late = self.late.entry(address).or_default();
+            late.flows += 1;
+            late.last = late.last.max(at);
         }
     }
 
@@ -54,7 +63,7 @@ impl Tally {
         self.flows_at_start.get_or_insert(counts);
         self.flows_now = Some(counts);
         self.last_look = Some(look);
-        self.change(since_start, phase);
+        self.change(counts, since_start, phase);
     }
 
     /// The last look.
@@ -67,9 +76,22 @@ impl Tally {
         self.last_look.as_ref().map(|look| look.taken_at)
     }
 
-    /// Notes the picture if it is another one than before. Without a look there is no picture.
-    pub(super) fn change(&mut self, since_start: Duration, phase: Phase) {
-        let Some(flows) = self.flows_now else { return };
+    /// The drain is over, with what is left of the last look's flows and what edges have announced since.
+    /// Without a look there is no picture.
+    pub(super) fn end_of(&mut self, open: &OpenFlows, since_start: Duration) {
+        let Some(look) = &self.last_look else { return };
+        let mut flows = FlowCounts::default();
+        for state in left(look, open)
+            .map(|f| f.state)
+            .chain(announced(look, open).map(|_| UNSEEN))
+        {
+            flows.add(state);
+        }
+        self.change(flows, since_start, Phase::Released);
+    }
+
+    /// Notes the picture if it is another one than before.
+    fn change(&mut self, flows: FlowCounts, since_start: Duration, phase: Phase) {
         if self
             .changes
             .last()
@@ -88,14 +110,13 @@ impl Tally {
         });
     }
 
-    /// The busiest late peers first.
-    pub(super) fn late_peers(&self) -> Vec<LatePeer> {
-        let mut peers: Vec<_> = self
-            .late
-            .iter()
-            .map(|(address, flows)| LatePeer {
+    /// The busiest late peers first, of those whose last flow did not arrive before `since`.
+    pub(super) fn late_peers(&self, since: BootTime) -> Vec<LatePeer> {
+        let late = self.late.iter().filter(|(_, late)| late.last >= since);
+        let mut peers: Vec<_> = late
+            .map(|(address, late)| LatePeer {
                 address: *address,
-                flows: *flows,
+                flows: late.flows,
             })
             .collect();
         peers.sort_unstable_by_key(|p| (Reverse(p.flows), p.address));
@@ -106,35 +127,44 @@ impl Tally {
     /// The flows that are open at `now`, as far as the last look and the edges since tell: the first few
     /// of them, and how many they are.
     pub(super) fn still_open(&self, open: &OpenFlows, now: BootTime) -> (Vec<CutFlow>, u32) {
-        let shown: HashSet<_> = self
-            .last_look
-            .iter()
-            .flat_map(Snapshot::holding)
-            .map(|f| f.cookie)
-            .collect();
         let seen = self.last_look.iter().flat_map(|look| {
             let since_look = now.since(look.taken_at);
-            look.holding()
-                .filter(|f| open.contains(f.cookie))
-                .map(move |f| cut(f, since_look))
+            left(look, open).map(move |f| cut(f, since_look))
         });
-        let unseen = open
-            .announced()
-            .filter(|(cookie, _)| !shown.contains(cookie))
-            .map(|(_, how)| CutFlow {
-                remote: how.remote,
-                local: how.local,
-                // What it was when last heard of.
-                state: FlowState::Backlog,
-                age_ms: Some(millis(now.since(how.at))),
-                bytes_in: 0,
-                bytes_out: 0,
-            });
+        let nothing = Snapshot {
+            taken_at: now,
+            flows: vec![],
+        };
+        let look = self.last_look.as_ref().unwrap_or(&nothing);
+        let unseen = announced(look, open).map(|how| CutFlow {
+            remote: how.remote,
+            local: how.local,
+            state: UNSEEN,
+            age_ms: Some(millis(now.since(how.at))),
+            bytes_in: 0,
+            bytes_out: 0,
+        });
         let mut all: Vec<_> = seen.chain(unseen).collect();
         let total = u32::try_from(all.len()).unwrap_or(u32::MAX);
         all.truncate(MAX_CUT);
         (all, total)
     }
+}
+
+/// What a flow was that no look has shown, when last heard of.
+const UNSEEN: FlowState = FlowState::Backlog;
+
+/// The flows of a look that are still open.
+fn left<'a>(look: &'a Snapshot, open: &'a OpenFlows) -> impl Iterator<Item = &'a Flow> {
+    look.holding().filter(|f| open.contains(f.cookie))
+}
+
+/// The open flows that edges have announced and the look does not show.
+fn announced<'a>(look: &'a Snapshot, open: &'a OpenFlows) -> impl Iterator<Item = Opened> + 'a {
+    let shown: HashSet<_> = look.holding().map(|f| f.cookie).collect();
+    open.announced()
+        .filter(move |(cookie, _)| !shown.contains(cookie))
+        .map(|(_, how)| how)
 }
 
 fn cut(flow: &Flow, since_look: Duration) -> CutFlow {
@@ -162,15 +192,14 @@ mod tests {
     #[test]
     fn a_picture_is_noted_only_when_it_changes() {
         let mut tally = Tally::default();
-        tally.change(Duration::ZERO, Phase::Settle);
+        tally.end_of(&OpenFlows::default(), Duration::ZERO);
         assert_eq!(
             tally.changes,
             [],
             "there is no picture before the first look"
         );
-        tally.flows_now = Some(counts(1));
         for (ms, phase) in [(1, Phase::Settle), (2, Phase::Settle), (3, Phase::Drain)] {
-            tally.change(Duration::from_millis(ms), phase);
+            tally.change(counts(1), Duration::from_millis(ms), phase);
         }
         assert_eq!(
             tally.changes,
@@ -193,24 +222,25 @@ mod tests {
     fn the_list_of_pictures_is_bounded_and_ends_with_the_newest() {
         let mut tally = Tally::default();
         for n in 0..1000 {
-            tally.flows_now = Some(counts(n));
-            tally.change(Duration::from_millis(n.into()), Phase::Drain);
+            tally.change(counts(n), Duration::from_millis(n.into()), Phase::Drain);
         }
         assert_eq!(tally.changes.len(), MAX_CHANGES);
         assert_eq!(tally.changes[0].flows, counts(0));
         assert_eq!(tally.changes[MAX_CHANGES - 1].flows, counts(999));
     }
 
+    const EARLY: BootTime = BootTime::from_nanos(1);
+
     #[test]
     fn the_busiest_late_peers_come_first_and_their_number_is_bounded() {
         let mut tally = Tally::default();
         for n in 0..10_000_u32 {
-            tally.arrival(SocketAddr::new(IpAddr::from(n.to_be_bytes()), 1));
+            tally.arrival(SocketAddr::new(IpAddr::from(n.to_be_bytes()), 1), EARLY);
         }
-        tally.arrival("[::ffff:0.0.0.7]:1".parse().expect("an address"));
+        tally.arrival("[::ffff:0.0.0.7]:1".parse().expect("an address"), EARLY);
         assert_eq!(tally.arrived, 10_001);
         assert_eq!(tally.late.len(), MAX_COUNTED_PEERS);
-        let peers = tally.late_peers();
+        let peers = tally.late_peers(BootTime::default());
         assert_eq!(peers.len(), MAX_LATE_PEERS);
         assert_eq!(
             peers[0],

@@ -21,8 +21,7 @@ pub const RESERVE: RangeInclusive<Duration> = Duration::ZERO..=HOUR;
 /// What `max-hold` may be.
 pub const MAX_HOLD: RangeInclusive<Duration> = SECOND..=Duration::from_secs(24 * 60 * 60);
 
-/// The annotations ebb knows, without their prefix. `wait-port` is read where the in-pod listener is
-/// made, and is here so that it is not called unknown.
+/// The annotations ebb knows, without their prefix.
 pub const KEYS: [&str; 10] = [
     "drain",
     "until",
@@ -105,7 +104,15 @@ impl Policy {
                 self.ignore_ports = ports(value)
                     .map_err(|e| instead(e, show_ports(&self.ignore_ports, "no ports")))?;
             }
-            "wait-port" => {}
+            "wait-port" => {
+                self.wait_port = match value.parse() {
+                    Ok(0) | Err(_) => {
+                        let why = format!("{value:?} is not a port from 1 to 65535");
+                        return Err(instead(why, "no port"));
+                    }
+                    Ok(port) => Some(port),
+                }
+            }
             _ => return Err(unknown(key)),
         }
         Ok(())
@@ -160,7 +167,7 @@ fn show(d: Duration) -> String {
     humantime::format_duration(d).to_string()
 }
 
-fn show_ports(ports: &[u16], none: &str) -> String {
+pub(super) fn show_ports(ports: &[u16], none: &str) -> String {
     if ports.is_empty() {
         return none.to_owned();
     }
@@ -220,6 +227,7 @@ mod tests {
             max_hold: Some(Duration::from_secs(7200)),
             ports: vec![80, 443],
             ignore_ports: vec![9090],
+            wait_port: Some(9690),
             ..Policy::default()
         };
         assert_eq!(policy, expected);
@@ -280,6 +288,9 @@ mod tests {
         assert!(refused("ebb.dev/ports", "80,http").ends_with("using all ports instead"));
         assert!(refused("ebb.dev/ignore-ports", "0").ends_with("using no ports instead"));
         assert!(refused("ebb.dev/ignore-ports", "65536").contains("65535"));
+        for port in ["0", "65536", "http", ""] {
+            assert!(refused("ebb.dev/wait-port", port).ends_with("using no port instead"));
+        }
     }
 
     #[test]

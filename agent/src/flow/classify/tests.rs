@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     clock::BootTime,
-    flow::sample::{Direction, Record, testing::sample},
+    flow::{Acceptance, sample::testing::sample},
 };
 
 const IDLE_AFTER: Duration = Duration::from_secs(5);
@@ -44,13 +44,13 @@ fn a_fast_open_child_is_backlog_and_a_handshake_under_way_is_no_flow() {
         ..sample()
     };
     assert_eq!(class(&half_open), None);
-    let record = Some(Record {
-        direction: Direction::Inbound,
+    let origin = Origin::Accepted(Acceptance {
         opened_at: BootTime::from_nanos(1),
         seeded: false,
+        probe: false,
     });
     let child = Sample {
-        record,
+        origin,
         ..half_open
     };
     assert_eq!(class(&child), Some(FlowState::Backlog));
@@ -148,6 +148,21 @@ fn what_the_peer_has_closed_is_half_closed_and_idle_once_quiet_with_empty_queues
     assert_eq!(class(&half(1_000, 0)), Some(FlowState::HalfClosed));
     assert_eq!(class(&half(60_000, 1)), Some(FlowState::HalfClosed));
     assert_eq!(class(&half(60_000, 0)), Some(FlowState::Idle));
+}
+
+#[test]
+fn a_half_closed_connection_becomes_idle_whether_the_pod_has_read_the_end_of_the_stream_or_not() {
+    let unread = |unread| Sample {
+        state: TcpState::CloseWait,
+        unread,
+        ..talked(60_000, 60_000)
+    };
+    assert_eq!(class(&unread(1)), Some(FlowState::Idle), "the FIN alone");
+    assert_eq!(
+        class(&unread(2)),
+        Some(FlowState::HalfClosed),
+        "a byte before the FIN"
+    );
 }
 
 #[test]

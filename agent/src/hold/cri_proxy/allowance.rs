@@ -1,24 +1,20 @@
-//! How long a call may be held, and what is left of it afterwards: arithmetic only.
-//!
-//! ```text
-//!  arrived                                    arrived + timeout
-//!     |------------- held -------------|--- reserve ---|
-//!     |                                 forwarded timeout
-//!     |---------------------- patience (grpc-timeout) ------------------- margin -|
-//! ```
+//! How long a call may be held, and what is left of it afterwards: arithmetic only. The limit itself is the one
+//! that the agent goes by, too ([`CallLimits`]).
 
 use std::time::Duration;
+
+use crate::drain::policy::{CallLimits, PATIENCE_MARGIN};
 
 /// Timeouts up to this are forced kills and hard evictions: the kubelet's own floor
 /// (`minimumGracePeriodInSeconds`), never held.
 const NEVER_HELD: Duration = Duration::from_secs(2);
 
-/// Kept free before the caller's own deadline, so that it gets its answer.
-const MARGIN: Duration = Duration::from_secs(2);
-
 /// Assumed of a caller that doesn't say how long it waits for a call without a timeout of its own: the
 /// kubelet's `runtimeRequestTimeout`. Without it, such a call could be held for ever.
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(120);
+
+/// The most that is left to an application that nobody has named a reserve for.
+const LEAST: Duration = Duration::from_secs(5);
 
 /// The shortest patience that is passed on.
 const MIN_PATIENCE: Duration = Duration::from_secs(1);
@@ -35,31 +31,43 @@ pub(super) struct Allowance {
 impl Allowance {
     /// Whether it is worth asking the agent.
     pub(super) fn may_hold(&self) -> bool {
-        self.timeout.is_none_or(|t| t > NEVER_HELD) && self.longest(Duration::ZERO) > Duration::ZERO
+        self.timeout.is_none_or(|t| t > NEVER_HELD)
+            && self.longest(Duration::ZERO, false) > Duration::ZERO
     }
 
-    /// The longest hold that leaves `reserve` to the application, whatever the agent thinks.
-    ///
-    /// A patience shorter than the timeout must leave room for the reserve too: when it ends, the runtime
-    /// drops the call, and what the application got until then is all it got.
-    pub(super) fn longest(&self, reserve: Duration) -> Duration {
-        match (self.timeout, self.patience) {
-            (Some(timeout), None) => timeout.saturating_sub(reserve),
-            (Some(timeout), Some(patience)) => timeout
-                .min(patience.saturating_sub(MARGIN))
-                .saturating_sub(reserve),
-            (None, patience) => patience.unwrap_or(DEFAULT_PATIENCE).saturating_sub(MARGIN),
-        }
+    /// The longest hold that leaves `reserve` to the application, whatever the agent thinks; with `extended`
+    /// also beyond the timeout.
+    pub(super) fn longest(&self, reserve: Duration, extended: bool) -> Duration {
+        let limits = CallLimits {
+            grace: self.timeout,
+            patience: self.patience,
+        };
+        limits
+            .longest(reserve, extended)
+            .unwrap_or(DEFAULT_PATIENCE - PATIENCE_MARGIN)
+    }
+
+    /// What is left to the application in any case of a call that nobody has named a reserve for: a third of the
+    /// timeout, as agents have it where that is short.
+    pub(super) fn least(&self) -> Duration {
+        self.timeout.map_or(Duration::ZERO, |t| (t / 3).min(LEAST))
     }
 
     /// The timeout to forward, in seconds, after a hold of `held`; `None` if the call has none.
     ///
     /// Held time counts in begun seconds, so that hold and timeout together are never longer than
-    /// the timeout given; only the reserve, and one second, are kept in any case (a timeout of 0 would be
-    /// SIGKILL at once).
+    /// the timeout given, nor than the caller waits; only the reserve, and one second, are kept in any case
+    /// (a timeout of 0 would be SIGKILL at once).
     pub(super) fn timeout_after(&self, held: Duration, reserve: Duration) -> Option<u64> {
         let timeout = self.timeout?.as_secs();
-        let left = timeout.saturating_sub(ceil_seconds(held));
+        let mut left = timeout.saturating_sub(ceil_seconds(held));
+        if let Some(patience) = self.patience {
+            left = left.min(
+                patience
+                    .saturating_sub(held.saturating_add(PATIENCE_MARGIN))
+                    .as_secs(),
+            );
+        }
         Some(left.max(ceil_seconds(reserve).min(timeout)).max(1))
     }
 
@@ -127,18 +135,18 @@ mod tests {
 
     #[test]
     fn the_shortest_of_the_limits_counts() {
-        assert_eq!(stop(30).longest(s(5)), s(25));
-        assert_eq!(stop(30).longest(s(60)), s(0));
+        assert_eq!(stop(30).longest(s(5), false), s(25));
+        assert_eq!(stop(30).longest(s(60), false), s(0));
         assert_eq!(
             Allowance {
                 timeout: Some(s(30)),
                 patience: Some(s(12))
             }
-            .longest(s(5)),
+            .longest(s(5), false),
             s(5)
         );
-        assert_eq!(sandbox(Some(s(120))).longest(s(5)), s(118));
-        assert_eq!(sandbox(None).longest(s(5)), s(118));
+        assert_eq!(sandbox(Some(s(120))).longest(s(5), false), s(118));
+        assert_eq!(sandbox(None).longest(s(5), false), s(118));
     }
 
     #[test]
@@ -160,6 +168,15 @@ mod tests {
         assert_eq!(sandbox(None).patience_after(s(1)), None);
     }
 
+    #[test]
+    fn without_a_named_reserve_a_third_of_a_short_timeout_is_kept() {
+        assert_eq!(stop(30).least(), s(5));
+        assert_eq!(stop(3).least(), s(1));
+        assert_eq!(sandbox(None).least(), s(0));
+        assert_eq!(stop(3).timeout_after(ms(2500), stop(3).least()), Some(1));
+        assert_eq!(stop(30).timeout_after(ms(2500), stop(30).least()), Some(27));
+    }
+
     proptest! {
         #[test]
         fn the_whole_is_never_longer_than_the_timeout_given(
@@ -167,7 +184,7 @@ mod tests {
         ) {
             let allowance = stop(timeout);
             let reserve = ms(reserve);
-            let held = allowance.longest(reserve).mul_f64(part);
+            let held = allowance.longest(reserve, false).mul_f64(part);
             let forwarded = allowance.timeout_after(held, reserve).unwrap();
             prop_assert!(forwarded >= 1 && forwarded <= timeout);
             prop_assert!(s(forwarded) >= reserve.min(s(timeout)));
@@ -176,12 +193,31 @@ mod tests {
         }
 
         #[test]
+        fn what_was_held_and_what_is_forwarded_end_before_the_caller_gives_up(
+            timeout in 3u64..100_000, patience in 2_001u64..200_000_000, reserve in 0u64..50_000,
+            part in 0.0..1.0f64, extended: bool,
+        ) {
+            let allowance = Allowance { timeout: Some(s(timeout)), patience: Some(ms(patience)) };
+            let reserve = ms(reserve).min(s(timeout) / 3);
+            let longest = allowance.longest(reserve, extended);
+            let held = longest.mul_f64(part);
+            let forwarded = s(allowance.timeout_after(held, reserve).unwrap());
+            prop_assert!(forwarded >= reserve && forwarded <= s(timeout));
+            // One second of the margin at most is lost to whole seconds. Where there is no room for the
+            // reserve, nothing is held.
+            prop_assert!(longest.is_zero() || held + forwarded + s(1) <= ms(patience));
+            if !extended {
+                prop_assert!(held + forwarded <= s(timeout) || forwarded < reserve + s(1));
+            }
+        }
+
+        #[test]
         fn no_number_overflows(
             timeout: u64, patience: Option<u64>, reserve: u64, held: u64,
         ) {
             let allowance = Allowance { timeout: Some(s(timeout)), patience: patience.map(ms) };
             let _ = allowance.may_hold();
-            let _ = allowance.longest(ms(reserve));
+            let _ = allowance.longest(ms(reserve), true);
             prop_assert!(allowance.timeout_after(ms(held), ms(reserve)).unwrap() >= 1);
             let _ = allowance.patience_after(ms(held));
         }

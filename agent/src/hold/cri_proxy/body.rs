@@ -13,6 +13,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::grpc;
 
@@ -108,17 +109,35 @@ impl Body for RequestBody {
 /// A stream that the runtime resets is reset for the caller with the same code. One that ends because
 /// the connection to the runtime broke ends with the trailers that gRPC would have made of it.
 #[derive(Debug)]
-pub(super) struct ReplyBody(Option<Incoming>);
+pub(super) struct ReplyBody {
+    from_runtime: Option<Incoming>,
+    /// Says that the call has not ended.
+    _token: Option<TaskTrackerToken>,
+}
 
 impl ReplyBody {
     /// A body from the runtime.
     pub(super) const fn from_runtime(body: Incoming) -> Self {
-        Self(Some(body))
+        Self {
+            from_runtime: Some(body),
+            _token: None,
+        }
     }
 
     /// No body.
     pub(super) const fn empty() -> Self {
-        Self(None)
+        Self {
+            from_runtime: None,
+            _token: None,
+        }
+    }
+
+    /// Keeps a token as long as the body lives.
+    pub(super) fn with_token(self, token: Option<TaskTrackerToken>) -> Self {
+        Self {
+            _token: token,
+            ..self
+        }
     }
 }
 
@@ -130,12 +149,12 @@ impl Body for ReplyBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some(body) = &mut self.0 else {
+        let Some(body) = &mut self.from_runtime else {
             return Poll::Ready(None);
         };
         match Pin::new(body).poll_frame(cx) {
             Poll::Ready(Some(Err(error))) if !is_reset(&error) => {
-                self.0 = None;
+                self.from_runtime = None;
                 let message = format!("lost the container runtime during the call: {error}");
                 Poll::Ready(Some(Ok(Frame::trailers(grpc::unavailable_trailers(
                     &message,
@@ -146,7 +165,7 @@ impl Body for ReplyBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(Body::is_end_stream)
+        self.from_runtime.as_ref().is_none_or(Body::is_end_stream)
     }
 }
 

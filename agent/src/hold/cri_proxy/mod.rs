@@ -17,12 +17,22 @@
 //! within it each stream has its own flow control, so that neither can streams.
 //!
 //! Whatever goes wrong, a call is forwarded: see `gate`.
+//!
+//! A proxy that is told to stop has two things to be careful of. What it holds must go on at once; and a
+//! call that it has forwarded must get its answer, since to the kubelet a StopContainer that fails is the
+//! reason to call StopPodSandbox, which kills. So it goes in two steps:
+//!
+//! ```text
+//!  serving ── SIGTERM ──► passing ── all answered, or `answer_within` ──► closing ── 1.5 s ──► gone
+//!                         forwards what it holds, holds nothing,          GOAWAY
+//!                         and serves all calls, on new connections too
+//! ```
 
 mod allowance;
 mod body;
 mod gate;
 mod grpc;
-pub mod listen;
+mod notices;
 mod protobuf;
 mod runtime;
 mod session;
@@ -36,16 +46,19 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{UnixListener, UnixStream},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
-use self::session::Session;
+use self::{gate::Gate, session::Session};
 use crate::api::client::AgentClient;
 
 /// Pause after an accept that failed, which is most often for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often that is told while it lasts.
+const COMPLAIN_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the proxy stands between, and how it ends.
 #[derive(Clone, Debug)]
@@ -54,56 +67,92 @@ pub struct ProxyOptions {
     pub runtime: PathBuf,
     /// The agent's socket. Nobody needs to listen there.
     pub agent: PathBuf,
-    /// How long calls that are under way may still take when the proxy is stopped. The rest is cut off:
-    /// the callers get UNAVAILABLE and the runtime sees them cancelled.
-    pub shutdown_grace: Duration,
+    /// How long a call that is held waits for the next agent when the one that holds it is stopped. Zero: not at all.
+    pub agent_restart_within: Duration,
+    /// How long a proxy that is being stopped serves on for the sake of calls that it has forwarded and
+    /// that are going to end by themselves: stops, image pulls, and all that came with a `grpc-timeout`.
+    pub answer_within: Duration,
+    /// How long what is then still under way, such as a stream of events, may take to end. The rest is cut
+    /// off: the callers get UNAVAILABLE and the runtime sees them cancelled.
+    pub closing_grace: Duration,
 }
 
 impl ProxyOptions {
-    /// Options for a proxy in front of `runtime` that asks `agent`, and that ends within two seconds.
+    /// Options for a proxy in front of `runtime` that asks `agent`.
     pub fn new(runtime: impl Into<PathBuf>, agent: impl Into<PathBuf>) -> Self {
         Self {
             runtime: runtime.into(),
             agent: agent.into(),
-            shutdown_grace: Duration::from_millis(1500),
+            agent_restart_within: Duration::from_secs(10),
+            answer_within: Duration::from_secs(60),
+            closing_grace: Duration::from_millis(1500),
         }
     }
 }
 
-/// Serves the CRI on `listener` until `shutdown` is cancelled. Then it accepts no more, forwards what it
-/// holds at once, tells its clients to go (GOAWAY), and returns when the last call has ended or
-/// [`ProxyOptions::shutdown_grace`] has passed.
+/// Serves the CRI on `listener` until `shutdown` is cancelled. Then it forwards what it holds at once, and
+/// serves on, without holding, until the calls that it has forwarded are answered, or for
+/// [`ProxyOptions::answer_within`]. Then it accepts no more, tells its clients to go (GOAWAY), and returns
+/// when the last call has ended or [`ProxyOptions::closing_grace`] has passed.
 ///
 /// Never fails: what can go wrong goes wrong for one call or one connection, and is logged.
 pub async fn serve(listener: UnixListener, options: ProxyOptions, shutdown: CancellationToken) {
-    let agent = AgentClient::new(&options.agent);
+    let gate = Gate {
+        agent: AgentClient::new(&options.agent),
+        restart_within: options.agent_restart_within,
+        shutdown: shutdown.clone(),
+    };
     let mut connections = JoinSet::new();
+    let unanswered = TaskTracker::new();
+    let closing = CancellationToken::new();
+    let mut answered = std::pin::pin!(answered(&unanswered, options.answer_within, &shutdown));
     info!(
         runtime = %options.runtime.display(), agent = %options.agent.display(),
         "the CRI proxy is serving"
     );
+    let mut complained: Option<Instant> = None;
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    let session = Session::new(options.runtime.clone(), agent.clone(), shutdown.clone());
+                    let session =
+                        Session::new(options.runtime.clone(), gate.clone(), unanswered.clone());
                     connections.spawn(connection(
-                        stream, Arc::new(session), options.shutdown_grace, shutdown.clone(),
+                        stream, Arc::new(session), options.closing_grace, closing.clone(),
                     ));
                 }
                 Err(error) => {
-                    warn!(%error, "can't accept a connection");
+                    if complained.is_none_or(|at| at.elapsed() > COMPLAIN_AGAIN) {
+                        warn!(%error, "can't accept a connection");
+                        complained = Some(Instant::now());
+                    }
                     sleep(ACCEPT_PAUSE).await;
                 }
             },
             Some(_) = connections.join_next() => {}
-            () = shutdown.cancelled() => break,
+            () = &mut answered => break,
         }
     }
+    closing.cancel();
     // New clients are refused, or wait in the socket's queue if systemd has it, from here on.
     drop(listener);
     while connections.join_next().await.is_some() {}
     info!("the CRI proxy has stopped");
+}
+
+/// Ends when the proxy is to stop and nobody waits for an answer any more, or has waited too long.
+async fn answered(unanswered: &TaskTracker, within: Duration, shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    unanswered.close();
+    if !unanswered.is_empty() {
+        info!(calls = unanswered.len(), longest = ?within, "stopping: waiting for answers");
+    }
+    if timeout(within, unanswered.wait()).await.is_err() {
+        warn!(
+            calls = unanswered.len(),
+            "stopping without the answers of some calls"
+        );
+    }
 }
 
 /// Serves one client connection to its end.
@@ -111,7 +160,7 @@ async fn connection(
     stream: UnixStream,
     session: Arc<Session>,
     grace: Duration,
-    shutdown: CancellationToken,
+    closing: CancellationToken,
 ) {
     let service = service_fn(move |request| {
         let session = Arc::clone(&session);
@@ -131,7 +180,7 @@ async fn connection(
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = shutdown.cancelled() => {
+        () = closing.cancelled() => {
             connection.as_mut().graceful_shutdown();
             match timeout(grace, connection).await {
                 Ok(ended) => ended,

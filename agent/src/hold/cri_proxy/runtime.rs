@@ -168,3 +168,27 @@ impl Runtime {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_runtime_that_is_away_is_tried_a_few_times_a_second_however_often_it_is_called() {
+        let runtime = Runtime::new("/nowhere/runtime.sock".into());
+        let started = Instant::now();
+        let mut tries = Vec::new();
+        while started.elapsed() < Duration::from_millis(1500) {
+            assert!(runtime.sender().await.is_err());
+            let link = runtime.link.lock().await;
+            let at = link.failed.as_ref().map(|failed| failed.at);
+            if tries.last() != Some(&at) {
+                tries.push(at);
+            }
+            drop(link);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        // At 0, 20, 60, 140, 300, 620 and 1,120 ms.
+        assert!((3..=7).contains(&tries.len()), "{} tries", tries.len());
+    }
+}

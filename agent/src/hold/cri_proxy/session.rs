@@ -8,34 +8,37 @@ use http::{
 };
 use hyper::body::Incoming;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::{
     allowance::Allowance,
     body::{ReplyBody, RequestBody},
-    gate::{self, Outcome},
+    gate::{Gate, Outcome},
     grpc,
     runtime::Runtime,
     stop::{self, StopCall},
     tuning,
 };
-use crate::api::client::AgentClient;
+
+/// The kubelet gives it no deadline, and it ends all the same. To cut it off is to begin the download anew.
+const PULL_IMAGE: &str = "/runtime.v1.ImageService/PullImage";
 
 /// A client connection and what belongs to it.
 #[derive(Debug)]
 pub(super) struct Session {
     runtime: Runtime,
-    agent: AgentClient,
-    shutdown: CancellationToken,
+    gate: Gate,
+    unanswered: TaskTracker,
 }
 
 impl Session {
-    /// A session whose calls go to the runtime at `runtime`.
-    pub(super) fn new(runtime: PathBuf, agent: AgentClient, shutdown: CancellationToken) -> Self {
+    /// A session whose calls go to the runtime at `runtime`. Those that a proxy that is being stopped
+    /// should wait for have a token of `unanswered` until they have ended.
+    pub(super) fn new(runtime: PathBuf, gate: Gate, unanswered: TaskTracker) -> Self {
         Self {
             runtime: Runtime::new(runtime),
-            agent,
-            shutdown,
+            gate,
+            unanswered,
         }
     }
 
@@ -45,12 +48,21 @@ impl Session {
         &self,
         request: Request<Incoming>,
     ) -> Result<Response<ReplyBody>, hyper::Error> {
-        let request = if stop::is_stop(request.uri().path()) {
+        let is_stop = stop::is_stop(request.uri().path());
+        // What has no deadline may be a stream that never ends. And while the proxy is being stopped a
+        // kubelet goes on calling: only its stops are a reason to stay longer.
+        let ends = is_stop
+            || ((request.headers().contains_key(grpc::GRPC_TIMEOUT)
+                || request.uri().path() == PULL_IMAGE)
+                && !self.gate.shutdown.is_cancelled());
+        let token = ends.then(|| self.unanswered.token());
+        let request = if is_stop {
             self.hold(request).await?
         } else {
             request.map(RequestBody::streaming)
         };
-        self.runtime.call(request).await
+        let reply = self.runtime.call(request).await?;
+        Ok(reply.map(|body| body.with_token(token)))
     }
 
     /// Holds a stop call if it is to be held, and returns what to forward.
@@ -71,9 +83,9 @@ impl Session {
                     .get(grpc::GRPC_TIMEOUT)
                     .and_then(grpc::parse_timeout),
             };
-            let outcome = gate::hold(&self.agent, &call, allowance, arrived, &self.shutdown).await;
-            if let Outcome::Held { held, reserve } = outcome {
-                if let Some(seconds) = allowance.timeout_after(held, reserve) {
+            let outcome = self.gate.hold(&call, allowance, arrived).await;
+            if let Outcome::Kept { waited, reserve } = outcome {
+                if let Some(seconds) = allowance.timeout_after(waited, reserve) {
                     let data = call.with_timeout(data, seconds);
                     // gRPC clients send none, but one that is wrong would end the stream.
                     if let Entry::Occupied(mut length) = head.headers.entry(CONTENT_LENGTH) {
@@ -81,7 +93,7 @@ impl Session {
                     }
                     body = body.with_data(data);
                 }
-                if let Some(patience) = allowance.patience_after(held) {
+                if let Some(patience) = allowance.patience_after(waited) {
                     head.headers
                         .insert(grpc::GRPC_TIMEOUT, grpc::format_timeout(patience));
                 }

@@ -33,14 +33,15 @@ pub(super) fn is_stop(path: &str) -> bool {
 /// A stop call as far as a hold is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum StopCall {
-    /// `StopContainer` with a timeout above zero.
+    /// `StopContainer`.
     Container {
         /// The container.
         id: ContainerId,
-        /// How long the application has after its stop signal; whole seconds on the wire.
+        /// How long the application has after its stop signal; whole seconds on the wire, where zero and less
+        /// are none.
         timeout: Duration,
-        /// Where the message has the timeout.
-        timeout_at: Range<usize>,
+        /// Where the message has the timeout; zero may be left out.
+        timeout_at: Option<Range<usize>>,
     },
     /// `StopPodSandbox`.
     Sandbox {
@@ -50,8 +51,8 @@ pub(super) enum StopCall {
 }
 
 impl StopCall {
-    /// Reads the body of a call of `path`. `None` is whatever ebb has nothing to do with: a timeout of
-    /// zero or less, and a body it doesn't understand, which is for the runtime to judge.
+    /// Reads the body of a call of `path`. `None` is whatever ebb has nothing to do with: a body it doesn't
+    /// understand is for the runtime to judge.
     pub(super) fn parse(path: &str, body: &[u8]) -> Option<Self> {
         let fields = protobuf::fields(grpc::unary_message(body)?).ok()?;
         let mut id = None;
@@ -71,11 +72,9 @@ impl StopCall {
         let id = id.filter(|id| !id.is_empty())?;
         match path {
             STOP_CONTAINER => {
-                let (seconds, timeout_at) = timeout?;
+                let (seconds, timeout_at) = timeout.map_or((0, None), |(s, at)| (s, Some(at)));
                 // On the wire a negative int64 is a varint above i64::MAX.
-                let seconds = u64::try_from(seconds.cast_signed())
-                    .ok()
-                    .filter(|s| *s > 0)?;
+                let seconds = u64::try_from(seconds.cast_signed()).unwrap_or(0);
                 Some(Self::Container {
                     id: ContainerId::new(id),
                     timeout: Duration::from_secs(seconds),
@@ -97,9 +96,13 @@ impl StopCall {
         }
     }
 
-    /// `body`, which this call was read from, with another timeout. A sandbox call stays as it is.
+    /// `body`, which this call was read from, with another timeout. What has none stays as it is.
     pub(super) fn with_timeout(&self, body: Bytes, seconds: u64) -> Bytes {
-        let Self::Container { timeout_at, .. } = self else {
+        let Self::Container {
+            timeout_at: Some(timeout_at),
+            ..
+        } = self
+        else {
             return body;
         };
         grpc::unary_message(&body)
@@ -178,14 +181,20 @@ mod tests {
     }
 
     #[test]
-    fn no_timeout_or_no_id_is_not_ours() {
-        for (id, timeout) in [("c1", 0), ("c1", -1), ("c1", i64::MIN), ("", 30)] {
-            assert_eq!(
-                StopCall::parse(STOP_CONTAINER, &stop(id, timeout)),
-                None,
-                "{id} {timeout}"
-            );
+    fn a_timeout_of_zero_or_less_is_none_and_stays_as_it_is() {
+        for timeout in [0, -1, i64::MIN] {
+            let body = stop("c1", timeout);
+            let call = StopCall::parse(STOP_CONTAINER, &body).unwrap();
+            assert_eq!(call.timeout(), Some(Duration::ZERO), "{timeout}");
         }
+        let body = stop("c1", 0);
+        let call = StopCall::parse(STOP_CONTAINER, &body).unwrap();
+        assert_eq!(call.with_timeout(body.clone(), 7), body);
+    }
+
+    #[test]
+    fn no_id_is_not_ours() {
+        assert_eq!(StopCall::parse(STOP_CONTAINER, &stop("", 30)), None);
     }
 
     #[test]

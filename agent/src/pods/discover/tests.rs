@@ -1,5 +1,7 @@
 //! Discovery against a stand-in runtime, with `/proc` and cgroups laid out in a directory.
 
+use std::{os::unix::fs::MetadataExt as _, path::Path};
+
 use k8s_cri::v1::{NamespaceMode, PodSandboxStatusResponse};
 
 use super::*;
@@ -21,7 +23,7 @@ impl House {
         let host = root.path().join("proc/self/ns/net");
         put(&host);
         let node = Node {
-            host_netns: netns_inode(&host).unwrap(),
+            host_netns: Netns::inode_at(&host).unwrap(),
             proc: root.path().join("proc"),
             cgroup_root: root.path().join("cgroup"),
         };
@@ -37,7 +39,7 @@ impl House {
     fn process(&self, pid: u32) -> NetnsInode {
         let link = self.root.path().join(format!("proc/{pid}/ns/net"));
         put(&link);
-        netns_inode(&link).unwrap()
+        Netns::inode_at(&link).unwrap()
     }
 
     fn sandbox(&self, id: &str, uid: &str, created_at: i64, info: &str, network: NamespaceMode) {

@@ -16,7 +16,7 @@ use rustix::{
     thread::{LinkNameSpaceType, gettid, move_into_link_name_space},
 };
 
-use super::raw;
+use super::{raw, steps};
 
 /// An open namespace with loopback up.
 pub(crate) struct Namespace {
@@ -47,7 +47,8 @@ impl Namespace {
 
 fn on_a_thread<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|s| {
-        s.spawn(f)
+        steps::builder()
+            .spawn_scoped(s, f)?
             .join()
             .unwrap_or_else(|panic| match panic.downcast_ref::<String>() {
                 Some(text) => Err(anyhow!("panicked: {text}")),

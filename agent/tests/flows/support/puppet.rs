@@ -77,6 +77,23 @@ impl Sockets {
                 let to: SocketAddr = rest.parse()?;
                 self.streams.push_back(TcpStream::connect(to)?);
             }
+            "connect-from" => {
+                let (from, to) = rest.split_once(' ').context("from where to where")?;
+                let stream = sockets::dial_from(from.parse()?, to.parse()?)?;
+                self.streams.push_back(stream);
+            }
+            // Many that live as long as it takes to close them.
+            "touch" => {
+                let (times, to) = rest.split_once(' ').context("how often, and what")?;
+                let to: SocketAddr = to.parse()?;
+                for _ in 0..times.parse()? {
+                    sockets::reset(TcpStream::connect(to)?)?;
+                }
+            }
+            "local" => {
+                let last = self.streams.back().context("nothing is open")?;
+                return Ok(last.local_addr()?.to_string());
+            }
             "move" => fs::write(Path::new(rest).join("cgroup.procs"), "0")?,
             "fill" => {
                 let last = self.streams.back().context("nothing to fill")?;
@@ -145,8 +162,13 @@ impl Puppet {
 
     /// Starts one in a cgroup.
     pub(crate) fn start_in(cgroup: &Cgroup) -> Result<Self> {
+        Self::start_at(cgroup.path())
+    }
+
+    /// Likewise.
+    pub(crate) fn start_at(cgroup: &Path) -> Result<Self> {
         let mut puppet = Self::start()?;
-        puppet.move_to(cgroup)?;
+        puppet.tell(&format!("move {}", cgroup.display()))?;
         Ok(puppet)
     }
 

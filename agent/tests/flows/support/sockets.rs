@@ -55,9 +55,23 @@ pub(crate) fn dial(
     Ok(fd.into())
 }
 
+/// Dials from an address of one's own choice, which may have been used before.
+pub(crate) fn dial_from(from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+    let fd = raw::stream(family(to), libc::IPPROTO_TCP)?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    bind(&fd, &from)?;
+    connect(&fd, &to)?;
+    Ok(fd.into())
+}
+
 /// A socket that has done nothing yet.
 pub(crate) fn unconnected() -> Result<OwnedFd> {
     Ok(raw::stream(libc::AF_INET, libc::IPPROTO_TCP)?)
+}
+
+/// Likewise, of this protocol.
+pub(crate) fn unconnected_by(protocol: libc::c_int) -> Result<OwnedFd> {
+    Ok(raw::stream(libc::AF_INET, protocol)?)
 }
 
 /// A connection, accepted: the server's end and the client's.

@@ -25,6 +25,8 @@ pub struct PodSpec {
     pub annotations: HashMap<String, String>,
     /// Whether it shares the node's network namespace.
     pub host_network: bool,
+    /// Whether it sees all processes of the node.
+    pub host_pid: bool,
     /// terminationGracePeriodSeconds; 30 s unless set.
     pub grace: Duration,
     /// Its containers, in the order they are started in.
@@ -42,6 +44,7 @@ impl PodSpec {
             labels: HashMap::new(),
             annotations: HashMap::new(),
             host_network: false,
+            host_pid: false,
             grace: Duration::from_secs(30),
             containers: Vec::new(),
         }
@@ -72,6 +75,13 @@ impl PodSpec {
     #[must_use]
     pub fn host_network(mut self) -> Self {
         self.host_network = true;
+        self
+    }
+
+    /// Lets the pod see all processes of the node.
+    #[must_use]
+    pub fn host_pid(mut self) -> Self {
+        self.host_pid = true;
         self
     }
 
@@ -116,6 +126,8 @@ impl PodSpec {
                 cgroup_parent: self.cgroup_parent(kubepods),
                 security_context: Some(cri::LinuxSandboxSecurityContext {
                     namespace_options: Some(self.namespaces()),
+                    // (HasPrivilegedContainer) The runtime allows none in a sandbox that is not.
+                    privileged: self.containers.iter().any(|c| c.security.privileged),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -130,9 +142,14 @@ impl PodSpec {
         } else {
             cri::NamespaceMode::Pod
         };
+        let pid = if self.host_pid {
+            cri::NamespaceMode::Node
+        } else {
+            cri::NamespaceMode::Container
+        };
         cri::NamespaceOption {
             network: network.into(),
-            pid: cri::NamespaceMode::Container.into(),
+            pid: pid.into(),
             ..Default::default()
         }
     }
@@ -172,9 +189,45 @@ pub struct ContainerSpec {
     /// Environment.
     pub env: Vec<(String, String)>,
     /// Files or directories of the node, and where the container finds them.
-    pub mounts: Vec<(PathBuf, String)>,
+    pub mounts: Vec<Mount>,
+    /// What it is allowed.
+    pub security: Security,
+    /// Ports that have a name.
+    pub ports: Vec<(String, u16)>,
     /// preStop hook.
     pub pre_stop: Option<PreStop>,
+    /// Whether it is a sidecar: an init container that is restarted always, named before the others.
+    pub sidecar: bool,
+}
+
+/// A file or directory of the node in a container.
+#[derive(Debug, Clone)]
+pub struct Mount {
+    /// Where it is on the node.
+    pub from: PathBuf,
+    /// Where the container finds it.
+    pub to: String,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+    /// Whether what is mounted and unmounted below on the node is so in the container, too (`HostToContainer`).
+    pub follows: bool,
+}
+
+/// What a container is allowed: its securityContext. The default is the runtime's, without seccomp.
+#[derive(Debug, Clone, Default)]
+pub struct Security {
+    /// Everything.
+    pub privileged: bool,
+    /// Whether its own files are read-only.
+    pub read_only_root: bool,
+    /// The runtime's own seccomp profile.
+    pub seccomp_default: bool,
+    /// Capabilities besides the runtime's own, without `CAP_`.
+    pub add: Vec<String>,
+    /// Those of the runtime's own that it does not get; `ALL` is all of them.
+    pub drop: Vec<String>,
+    /// The user that it runs as; the image's own unless set.
+    pub user: Option<i64>,
 }
 
 impl ContainerSpec {
@@ -186,7 +239,10 @@ impl ContainerSpec {
             args: Vec::new(),
             env: Vec::new(),
             mounts: Vec::new(),
+            security: Security::default(),
+            ports: Vec::new(),
             pre_stop: None,
+            sidecar: false,
         }
     }
 
@@ -203,10 +259,22 @@ impl ContainerSpec {
         spec
     }
 
+    /// Has it run as this user.
+    #[must_use]
+    pub fn user(mut self, id: i64) -> Self {
+        self.security.user = Some(id);
+        self
+    }
+
     /// Mounts a file or directory of the node.
     #[must_use]
     pub fn mount(mut self, from: impl Into<PathBuf>, to: &str) -> Self {
-        self.mounts.push((from.into(), to.into()));
+        self.mounts.push(Mount {
+            from: from.into(),
+            to: to.into(),
+            read_only: false,
+            follows: false,
+        });
         self
     }
 
@@ -217,10 +285,24 @@ impl ContainerSpec {
         self
     }
 
+    /// Names a port. A hook that goes there names it so.
+    #[must_use]
+    pub fn port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push((name.into(), port));
+        self
+    }
+
     /// Sets the preStop hook.
     #[must_use]
     pub fn pre_stop(mut self, hook: PreStop) -> Self {
         self.pre_stop = Some(hook);
+        self
+    }
+
+    /// Makes it a sidecar. The runtime is not told.
+    #[must_use]
+    pub fn sidecar(mut self) -> Self {
+        self.sidecar = true;
         self
     }
 
@@ -238,12 +320,27 @@ impl ContainerSpec {
         if let Some(hook) = &self.pre_stop {
             annotations.insert(
                 "io.kubernetes.container.preStopHandler".into(),
-                hook.to_json(),
+                hook.to_json(&self.ports),
             );
         }
-        let mounts = self.mounts.iter().map(|(from, to)| cri::Mount {
-            container_path: to.clone(),
-            host_path: from.display().to_string(),
+        if !self.ports.is_empty() {
+            let ports = self.ports.iter().map(|(name, port)| {
+                serde_json::json!({ "name": name, "containerPort": port, "protocol": "TCP" })
+            });
+            annotations.insert(
+                "io.kubernetes.container.ports".into(),
+                serde_json::Value::from_iter(ports).to_string(),
+            );
+        }
+        let mounts = self.mounts.iter().map(|mount| cri::Mount {
+            container_path: mount.to.clone(),
+            host_path: mount.from.display().to_string(),
+            readonly: mount.read_only,
+            propagation: if mount.follows {
+                cri::MountPropagation::PropagationHostToContainer.into()
+            } else {
+                cri::MountPropagation::PropagationPrivate.into()
+            },
             ..Default::default()
         });
         let envs = self.env.iter().map(|(key, value)| cri::KeyValue {
@@ -266,10 +363,34 @@ impl ContainerSpec {
             annotations,
             log_path: format!("{}/{attempt}.log", self.name),
             linux: Some(cri::LinuxContainerConfig {
-                security_context: Some(cri::LinuxContainerSecurityContext {
-                    namespace_options: Some(pod.namespaces()),
-                    ..Default::default()
-                }),
+                security_context: Some(self.security.context(pod)),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+impl Security {
+    /// (determineEffectiveSecurityContext)
+    fn context(&self, pod: &PodSpec) -> cri::LinuxContainerSecurityContext {
+        let profile = if self.seccomp_default {
+            cri::security_profile::ProfileType::RuntimeDefault
+        } else {
+            cri::security_profile::ProfileType::Unconfined
+        };
+        cri::LinuxContainerSecurityContext {
+            namespace_options: Some(pod.namespaces()),
+            privileged: self.privileged,
+            readonly_rootfs: self.read_only_root,
+            run_as_user: self.user.map(|value| cri::Int64Value { value }),
+            seccomp: Some(cri::SecurityProfile {
+                profile_type: profile.into(),
+                ..Default::default()
+            }),
+            capabilities: Some(cri::Capability {
+                add_capabilities: self.add.clone(),
+                drop_capabilities: self.drop.clone(),
                 ..Default::default()
             }),
             ..Default::default()
@@ -279,9 +400,14 @@ impl ContainerSpec {
 
 impl PreStop {
     /// The handler as Kubernetes writes it into the container's annotation.
-    fn to_json(&self) -> String {
+    fn to_json(&self, ports: &[(String, u16)]) -> String {
         match self {
             Self::HttpGet { port, path } => {
+                let name = ports.iter().find(|(_, number)| number == port);
+                let port = name.map_or_else(
+                    || (*port).into(),
+                    |(name, _)| serde_json::Value::from(name.as_str()),
+                );
                 serde_json::json!({ "httpGet": { "path": path, "port": port, "scheme": "HTTP" } })
             }
             Self::Exec(command) => serde_json::json!({ "exec": { "command": command } }),

@@ -1,15 +1,20 @@
 //! How a kubelet ends a pod (killPodWithSyncResult, killContainer).
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use k8s_cri::v1 as cri;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::{Container, Kubelet, Pod, PreStop, REQUEST_TIMEOUT, refused, seconds, within};
+use super::{
+    Container, ContainerSpec, Kubelet, Pod, PreStop, REQUEST_TIMEOUT, refused, seconds, within,
+};
 use crate::http;
 
 /// The least that a container is given (minimumGracePeriodInSeconds).
@@ -50,16 +55,74 @@ pub struct StoppedContainer {
     pub result: Result<Duration>,
 }
 
+/// Who stops after whom (terminationOrdering): a sidecar after all containers that are none, and after the
+/// sidecars that were started later than it.
+#[derive(Debug, Clone)]
+struct Ordering {
+    /// Each container, and those that it waits for.
+    before: Arc<HashMap<String, Vec<String>>>,
+    ended: Arc<watch::Sender<HashSet<String>>>,
+}
+
+impl Ordering {
+    fn new(pod: &Pod) -> Self {
+        let runs = |name: &str| pod.containers.iter().any(|c| c.name == name);
+        let specs: Vec<_> = pod
+            .spec
+            .containers
+            .iter()
+            .filter(|s| runs(&s.name))
+            .collect();
+        let before = specs.iter().enumerate().map(|(i, spec)| {
+            let waits_for = |j: usize, other: &ContainerSpec| !other.sidecar || j > i;
+            let others = specs.iter().enumerate();
+            let others = others.filter(|(j, other)| spec.sidecar && waits_for(*j, other));
+            (
+                spec.name.clone(),
+                others.map(|(_, s)| s.name.clone()).collect(),
+            )
+        });
+        Self {
+            before: Arc::new(before.collect()),
+            ended: Arc::new(watch::Sender::new(HashSet::new())),
+        }
+    }
+
+    /// Waits for them, no longer than the grace that is left. Tells how long, in whole seconds (waitForTurn).
+    async fn wait_for_turn(&self, name: &str, left: Duration) -> Duration {
+        let started = Instant::now();
+        let before = self.before.get(name).map_or(&[][..], Vec::as_slice);
+        let mut ended = self.ended.subscribe();
+        let turn = ended.wait_for(|ended| before.iter().all(|name| ended.contains(name)));
+        let _ = timeout(left, turn).await;
+        Duration::from_secs(started.elapsed().as_secs())
+    }
+
+    fn ended(&self, name: &str) {
+        self.ended.send_modify(|ended| {
+            ended.insert(name.into());
+        });
+    }
+}
+
 impl Kubelet {
-    /// Ends a pod: all containers at once, each with its preStop hook and then StopContainer, then the
-    /// sandbox, even when a container could not be stopped, as the kubelet does. The pod's resources
+    /// Ends a pod: all containers at once, each with its preStop hook and then StopContainer, sidecars in their
+    /// turn ([`Ordering`]), then the sandbox, even when a container could not be stopped, as the kubelet does. The pod's resources
     /// stay until [`Self::remove`].
     pub async fn stop(&self, pod: &Pod, grace: Duration) -> Stop {
         let started = Instant::now();
+        let ordering = Ordering::new(pod);
         let mut stopping = JoinSet::new();
         for container in &pod.containers {
             let (kubelet, pod, container) = (self.clone(), pod.clone(), container.clone());
-            stopping.spawn(async move { kubelet.kill_container(&pod, &container, grace).await });
+            let ordering = ordering.clone();
+            stopping.spawn(async move {
+                let stopped = kubelet
+                    .kill_container(&pod, &container, grace, &ordering)
+                    .await;
+                ordering.ended(&container.name);
+                stopped
+            });
         }
         let mut containers = Vec::new();
         while let Some(stopped) = stopping.join_next().await {
@@ -149,6 +212,7 @@ impl Kubelet {
         pod: &Pod,
         container: &Container,
         grace: Duration,
+        ordering: &Ordering,
     ) -> StoppedContainer {
         let spec = pod
             .spec
@@ -174,7 +238,8 @@ impl Kubelet {
             left = left.saturating_sub(Duration::from_secs(started.elapsed().as_secs()));
             pre_stop = Some((started.elapsed(), result));
         }
-        let left = left.max(FLOOR);
+        let waited = ordering.wait_for_turn(&container.name, left).await;
+        let left = left.saturating_sub(waited).max(FLOOR);
         let result = self.stop_container(container, left).await;
         StoppedContainer {
             name: container.name.clone(),

@@ -36,6 +36,8 @@ pub(super) fn arrange(place: &Place) -> Result<()> {
         MountFlags::NOSUID | MountFlags::NODEV,
         "mode=755",
     )?;
+    // As systemd has it: a container may be told of what is mounted and unmounted below.
+    mount_change("/run", MountPropagationFlags::SHARED).context("can't share mounts in /run")?;
     // containerd's network library keeps state in /var/lib/cni, whatever it is configured to do.
     let upper = "/run/ebb-node/var-lib";
     let work = "/run/ebb-node/var-lib-work";

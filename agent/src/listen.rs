@@ -1,4 +1,4 @@
-//! Where the proxy listens: a socket that systemd keeps for it, or one that it binds itself.
+//! Where the agent and the proxy listen: a unix socket that systemd keeps for them, or one that they bind.
 //!
 //! A socket file outlives the process that bound it, and nobody can bind over it: the file of a proxy that
 //! was killed has to be removed, the one of a proxy that is alive must not be. Asking is by connecting.
@@ -26,7 +26,7 @@ const TURN: Duration = Duration::from_secs(2);
 /// How long a connect to an existing socket may take. A process that is too busy to accept is alive.
 const ALIVE: Duration = Duration::from_millis(500);
 
-/// Why the proxy can't listen.
+/// Why it can't listen.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// Somebody else is there.
@@ -59,7 +59,7 @@ pub enum ListenError {
     )]
     NotAListener(#[source] io::Error),
     /// systemd passed more than one.
-    #[error("systemd passed {0} sockets, and the proxy serves one: the socket unit has too many")]
+    #[error("systemd passed {0} sockets, and one is served: the socket unit has too many")]
     TooMany(usize),
 }
 

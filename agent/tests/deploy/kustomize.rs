@@ -1,0 +1,181 @@
+//! Every manifest, and what kustomize makes of them.
+
+use std::path::Path;
+
+use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Container};
+use serde_json::Value;
+
+use crate::{
+    manifest::{agent_container, daemonset, documents, repository, yaml_files},
+    strict::{Kustomization, PodMonitor, check, strictly},
+};
+
+#[test]
+fn every_manifest_has_only_fields_that_the_api_has() {
+    let files = yaml_files("deploy");
+    assert!(files.len() >= 12, "{files:?}");
+    for file in files {
+        let documents = documents(&file);
+        assert!(!documents.is_empty(), "{file} is empty");
+        for document in documents {
+            check(&document).unwrap_or_else(|e| panic!("{file}: {e}"));
+        }
+    }
+}
+
+fn kustomization(path: &str) -> Kustomization {
+    strictly(&documents(path)[0]).unwrap()
+}
+
+#[test]
+fn each_kustomization_lists_the_files_beside_it_and_no_other() {
+    for (directory, kind) in [
+        ("deploy", "Kustomization"),
+        ("deploy/components/privileged", "Component"),
+        ("deploy/components/monitoring", "Component"),
+    ] {
+        let mut listed = kustomization(&format!("{directory}/kustomization.yaml"));
+        assert_eq!(listed.kind, kind);
+        let there: Vec<String> = yaml_files(directory)
+            .into_iter()
+            .map(|path| path[directory.len() + 1..].to_owned())
+            .filter(|path| !path.contains('/') && path != "kustomization.yaml")
+            .collect();
+        listed.resources.sort();
+        assert_eq!(listed.resources, there, "{directory}");
+    }
+}
+
+/// The kustomization with all that it offers in comments.
+fn with_all() -> Kustomization {
+    let text = crate::manifest::read("deploy/kustomization.yaml");
+    let lines = text.lines().map(|line| match line.strip_prefix("# ") {
+        Some(offer) if offer.starts_with("  ") || offer.ends_with("s:") => offer,
+        _ => line,
+    });
+    let text: Vec<&str> = lines.collect();
+    let document: Value = serde_saphyr::from_str(&text.join("\n")).unwrap();
+    check(&document).unwrap();
+    strictly(&document).unwrap()
+}
+
+#[test]
+fn what_the_kustomization_offers_in_comments_is_there_and_is_what_kustomize_takes() {
+    let mut offered = with_all();
+    let mut there: Vec<String> = std::fs::read_dir(repository().join("deploy/components"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|name| format!("components/{name}"))
+        .collect();
+    there.sort();
+    offered.components.sort();
+    assert_eq!(offered.components, there);
+    let [image] = &offered.images[..] else {
+        panic!("{:?}", offered.images)
+    };
+    // By the name that the DaemonSet has for it.
+    let named = agent_container().image.unwrap();
+    assert_eq!(named.split(':').next(), Some(image.name.as_str()));
+    assert_eq!(image.new_tag, env!("CARGO_PKG_VERSION"));
+    assert!(!image.new_name.is_empty());
+}
+
+/// What kustomize makes of the manifests with these components: all documents, patched.
+fn rendered(components: &[String]) -> Vec<Value> {
+    let of = |directory: &str, resources: &[String]| -> Vec<Value> {
+        let files = resources.iter().map(|file| format!("{directory}/{file}"));
+        files.flat_map(|file| documents(&file)).collect()
+    };
+    let mut all = of(
+        "deploy",
+        &kustomization("deploy/kustomization.yaml").resources,
+    );
+    for component in components {
+        let directory = format!("deploy/{component}");
+        let component = kustomization(&format!("{directory}/kustomization.yaml"));
+        all.extend(of(&directory, &component.resources));
+        for patch in component.patches {
+            let target = all.iter_mut().find(|document| {
+                document["kind"] == patch.target.kind.as_str()
+                    && document["metadata"]["name"] == patch.target.name.as_str()
+            });
+            let patch_of: json_patch::Patch = serde_saphyr::from_str(&patch.patch).unwrap();
+            json_patch::patch(target.unwrap(), &patch_of).unwrap();
+        }
+    }
+    all
+}
+
+#[test]
+fn with_each_component_and_with_all_what_is_applied_is_what_the_api_has() {
+    let all = with_all().components;
+    let plain = rendered(&[]).len();
+    for components in all.iter().map(std::slice::from_ref).chain([&all[..]]) {
+        let documents = rendered(components);
+        let mut names = Vec::new();
+        for document in &documents {
+            check(document).unwrap_or_else(|e| panic!("{components:?}: {e}"));
+            let name = &document["metadata"]["name"];
+            names.push(format!("{} {name}", document["kind"]));
+        }
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), documents.len(), "twice: {names:?}");
+        let monitored = components.iter().any(|c| c.ends_with("monitoring"));
+        assert_eq!(documents.len(), plain + usize::from(monitored));
+    }
+}
+
+/// The container with the component applied.
+fn privileged() -> Container {
+    let documents = rendered(&["components/privileged".to_owned()]);
+    let document = documents.iter().find(|d| d["kind"] == "DaemonSet").unwrap();
+    let patched: DaemonSet = strictly(document).unwrap();
+    let pod = patched.spec.unwrap().template.spec.unwrap();
+    pod.containers.into_iter().next().unwrap()
+}
+
+#[test]
+fn the_privileged_component_changes_the_security_context_and_nothing_else() {
+    let patched = privileged();
+    let security = patched.security_context.clone().unwrap();
+    assert_eq!(security.privileged, Some(true));
+    assert_eq!(security.read_only_root_filesystem, Some(true));
+    // The API server refuses neither, but they would say something that is not so.
+    assert_eq!(security.capabilities, None);
+    assert_eq!(security.seccomp_profile, None);
+    let mut plain = agent_container();
+    plain.security_context = patched.security_context.clone();
+    assert_eq!(patched, plain);
+}
+
+#[test]
+fn the_pod_monitor_scrapes_the_port_that_the_agents_have() {
+    let monitor = &documents("deploy/components/monitoring/podmonitor.yaml")[0];
+    let monitor: PodMonitor = strictly(monitor).unwrap();
+    let daemonset = daemonset();
+    assert_eq!(monitor.metadata.namespace, daemonset.metadata.namespace);
+    let labels = daemonset.spec.unwrap().template.metadata.unwrap().labels;
+    assert_eq!(monitor.spec.selector.match_labels, labels);
+    let endpoint = &monitor.spec.pod_metrics_endpoints[0];
+    assert_eq!(endpoint.path, "/metrics");
+    let ports = agent_container().ports.unwrap();
+    let port = ports
+        .iter()
+        .find(|p| p.name.as_deref() == Some(&endpoint.port));
+    assert!(port.is_some(), "no port {}", endpoint.port);
+}
+
+#[test]
+fn the_documentation_names_files_that_exist() {
+    let text = crate::manifest::read("deploy/README.md");
+    for (at, _) in text.match_indices("](") {
+        let link = text[at + 2..].split(')').next().unwrap();
+        let path = link.split('#').next().unwrap();
+        if link.starts_with("http") || path.is_empty() {
+            continue;
+        }
+        let target = repository().join("deploy").join(Path::new(path));
+        assert!(target.exists(), "{link}");
+    }
+}

@@ -1,0 +1,163 @@
+//! Pods with sidecars, where there is no API server: their containers are not stopped together.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use ebb::hold::wire::ReleaseReason;
+use ebb_node::kubelet::{PodSpec, PreStop, Stop};
+use libtest_mimic::Trial;
+use tokio::time::sleep;
+
+use crate::{
+    agent::Agent,
+    hold::stop,
+    peer::Peer,
+    scene::{FIXTURE, NODE_V4, SECOND, Scene, server, trial},
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial(
+            "the_end_of_a_pod_with_a_sidecar_looks_like_restarts_and_is_passed",
+            passed,
+        ),
+        trial(
+            "hold_unknown_holds_the_sidecar_that_is_left_and_not_the_main_container",
+            hold_unknown,
+        ),
+        trial(
+            "a_container_without_a_hook_is_held_while_the_hook_of_another_waits",
+            beside_a_hook,
+        ),
+        trial(
+            "a_pre_stop_wait_is_for_the_flows_of_sidecars_too_which_then_stop_with_what_is_left",
+            pre_stop,
+        ),
+    ]
+}
+
+fn spec(name: &str) -> PodSpec {
+    PodSpec::new(name).container(server("side", 8081).sidecar())
+}
+
+/// The main container first, then the sidecar.
+pub(crate) fn in_turn(stop: &Stop) -> Result<()> {
+    let names: Vec<_> = stop.containers.iter().map(|c| c.name.as_str()).collect();
+    ensure!(names == ["app", "side"], "{names:?}");
+    ensure!(stop.error().is_none(), "{stop:?}");
+    Ok(())
+}
+
+async fn others_run(agent: &Agent) -> Result<i64> {
+    let labels = "reason=\"not-terminating\",evidence=\"others-run\"";
+    agent.counted("ebb_holds_passed_total", labels).await
+}
+
+async fn passed(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&[]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene
+        .run(spec("side-passed").container(server("app", 8080)))
+        .await?;
+    let _app = Peer::served(pod.v4(8080)?).await?;
+    let _side = Peer::served(pod.v4(8081)?).await?;
+    let stop = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND).await?;
+    in_turn(&stop)?;
+    ensure!(stop.took < 10 * SECOND, "{stop:?}");
+    ensure!(others_run(&agent).await? == 1, "the main container's stop");
+    ensure!(agent.drains("side-passed").await?.is_empty());
+    Ok(())
+}
+
+async fn hold_unknown(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let pod = scene
+        .run(spec("side-held").container(server("app", 8080)))
+        .await?;
+    let _app = Peer::served(pod.v4(8080)?).await?;
+    let side = Peer::served(pod.v4(8081)?).await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("side-held").await?;
+    ensure!(others_run(&agent).await? == 1, "the main container's stop");
+    let app = scene.stop_timeouts(&pod.container("app")?.id)?;
+    // Less the second that the verdict took, which is one begun.
+    ensure!(app == [28], "{app:?}");
+    sleep(2 * SECOND).await;
+    ensure!(!stopping.is_finished(), "the sidecar is not held");
+    drop(side);
+    let stop = stopping.await?;
+    in_turn(&stop)?;
+    let timeouts = scene.stop_timeouts(&pod.container("side")?.id)?;
+    ensure!(
+        timeouts.len() == 1 && timeouts[0] <= 28,
+        "neither the wait nor the hold was taken off: {timeouts:?}"
+    );
+    let report = agent.drain("side-held").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    Ok(())
+}
+
+async fn pre_stop(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let url = format!("http://{NODE_V4}:{}/v1/wait", agent.port);
+    let hook = PreStop::Exec(vec![FIXTURE.into(), "get".into(), url]);
+    let spec = spec("side-hooked").container(server("app", 8080).pre_stop(hook));
+    let pod = scene.run(spec).await?;
+    let side = Peer::served(pod.v4(8081)?).await?;
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("side-hooked").await?;
+    sleep(3 * SECOND).await;
+    ensure!(!stopping.is_finished(), "the hook has ended");
+    for container in &pod.containers {
+        let timeouts = scene.stop_timeouts(&container.id)?;
+        ensure!(timeouts.is_empty(), "{}: {timeouts:?}", container.name);
+    }
+    drop(side);
+    let stop = stopping.await?;
+    in_turn(&stop)?;
+    let side = stop.containers.last().context("no sidecar")?;
+    ensure!(side.timeout <= 27 * SECOND, "{stop:?}");
+    ensure!(side.timeout > Duration::from_secs(10), "{stop:?}");
+    // Neither stop is held again: it is the same termination.
+    let report = agent.drain("side-hooked").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    Ok(())
+}
+
+async fn beside_a_hook(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--quiet", "300ms"]).await?;
+    let proxy = scene.proxy(&agent).await?;
+    let url = format!("http://{NODE_V4}:{}/v1/wait", agent.port);
+    let hook = PreStop::Exec(vec![FIXTURE.into(), "get".into(), url]);
+    let spec = PodSpec::new("beside-hook")
+        .container(server("hooked", 8080).pre_stop(hook))
+        .container(server("plain", 8081));
+    let pod = scene.run(spec).await?;
+    let peer = Peer::served(pod.v4(8081)?).await?;
+    // Both end at once; the hook's wait begins when the other's stop has already arrived, or before.
+    let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
+    agent.until_draining("beside-hook").await?;
+    sleep(3 * SECOND).await;
+    ensure!(!stopping.is_finished(), "not held");
+    for container in &pod.containers {
+        let timeouts = scene.stop_timeouts(&container.id)?;
+        ensure!(timeouts.is_empty(), "{}: {timeouts:?}", container.name);
+    }
+    drop(peer);
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("beside-hook").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    let stops = agent.explain("beside-hook").await?.stops;
+    let plain = stops
+        .iter()
+        .find(|s| s.container.as_deref() == Some("plain"));
+    let plain = plain.context("it is not remembered")?;
+    ensure!(
+        plain.held && plain.evidence.as_deref() == Some("prestop-wait"),
+        "{plain:?}"
+    );
+    Ok(())
+}

@@ -1,0 +1,34 @@
+//! The machine that figures are of, and its clock of CPU time.
+
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use ebb_node::sandbox::Place;
+use serde_json::{Value, json};
+
+/// Cores, kernel and CPU.
+pub(crate) fn facts() -> Value {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map_or("unknown", |rest| rest.trim_start_matches([' ', '\t', ':']));
+    json!({
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
+        "kernel": rustix::system::uname().release().to_string_lossy(),
+        "cpu": model,
+    })
+}
+
+/// CPU time of all processes of the sandbox so far, in microseconds: server, clients and whatever is measured, the
+/// kernel's work on their behalf included, and nothing else that runs on the machine.
+pub(crate) fn cpu_time_us(place: &Place) -> Result<f64> {
+    let path = place.cgroup("cpu.stat");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("can't read {}", path.display()))?;
+    let usage = text
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "))
+        .with_context(|| format!("{} has no usage", path.display()))?;
+    Ok(usage.parse()?)
+}

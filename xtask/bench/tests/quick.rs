@@ -1,0 +1,106 @@
+//! Each bench is run with little of everything: that all keys are there and each is a number that can be. How good
+//! the numbers are is for `cargo xtask bench` to say.
+//!
+//! Needs the `ebb` binary of the same profile, which `cargo test --workspace` builds.
+
+use std::{path::Path, process::Command};
+
+use serde_json::Value;
+
+/// What must be between these two.
+type Range = (&'static str, f64, f64);
+
+/// No figure of this test can be as large: an hour in microseconds, more memory than a small node has.
+const MOST: f64 = 3.6e9;
+
+/// The least time that can be measured, and the least ratio that two measurements can have.
+const SOME: f64 = 1e-3;
+
+#[test]
+fn flows_measures_everything_it_promises() {
+    check(
+        "flows",
+        &[
+            ("bpf.ns_per_event", 1.0, 1e6),
+            ("bpf.ns_first_copy", 1.0, 1e6),
+            ("bpf.ns_second_copy", 1.0, 1e6),
+            ("bpf.ns_empty", 1.0, 1e6),
+            ("churn.rps", 1.0, MOST),
+            ("churn.rps_ratio", SOME, 1e3),
+            ("churn.cpu_ratio", SOME, 1e3),
+            ("churn.empty_rps_ratio", SOME, 1e3),
+            ("churn.empty_cpu_ratio", SOME, 1e3),
+            ("churn.peer_rps_ratio", SOME, 1e3),
+            ("churn.peer_cpu_ratio", SOME, 1e3),
+            ("churn.ss_rps_ratio", SOME, 1e3),
+            ("churn.ss_cpu_ratio", SOME, 1e3),
+            ("keepalive.rps_ratio", SOME, 1e3),
+            // The requests are 500: a program that sees each of them runs that often at least.
+            ("keepalive.bpf_runs", 0.0, 100.0),
+            ("keepalive.requests", 500.0, 500.0),
+            ("keepalive.connections", 64.0, 64.0),
+            ("list_100k.ebb_ms", SOME, 1e5),
+            ("list_100k.ss_ms", SOME, 1e5),
+            ("release.p50_us", 1.0, 1e7),
+            ("release.p99_us", 1.0, 1e7),
+            ("release.outside_p50_us", 1.0, 1e7),
+            ("seed_100k.ready_ms", 1.0, 6e4),
+            ("memory.agent_idle_mib", 1.0, 1e4),
+            ("memory.agent_100k_mib", 1.0, 1e4),
+            ("memory.bytes_per_flow_agent", 0.0, 1e6),
+            ("memory.kernel_bytes_per_flow", 1.0, 1e5),
+            ("machine.cores", 1.0, 1e4),
+        ],
+    );
+}
+
+#[test]
+fn cri_measures_everything_it_promises() {
+    check(
+        "cri",
+        &[
+            ("cri.direct_p50_us", 1.0, 1e7),
+            ("cri.proxy_p50_us", 1.0, 1e7),
+            ("cri.direct_p99_us", 1.0, 1e7),
+            ("cri.proxy_p99_us", 1.0, 1e7),
+            ("cri.list200_direct_p50_us", 1.0, 1e7),
+            ("cri.list200_proxy_p50_us", 1.0, 1e7),
+            ("cri.list200_direct_p99_us", 1.0, 1e7),
+            ("cri.list200_proxy_p99_us", 1.0, 1e7),
+            ("cri.held500_rss_mib", 1.0, 1e4),
+            ("machine.cores", 1.0, 1e4),
+        ],
+    );
+}
+
+fn check(what: &str, ranges: &[Range]) {
+    let bench = Path::new(env!("CARGO_BIN_EXE_ebb-bench"));
+    let ebb = bench.with_file_name("ebb");
+    assert!(
+        ebb.exists(),
+        "{} is missing: cargo build --package ebb",
+        ebb.display()
+    );
+    let output = Command::new(bench)
+        .arg(what)
+        .arg("--ebb")
+        .arg(ebb)
+        .args(["--json", "--quick"])
+        .output()
+        .expect("the bench starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    // One document and nothing else.
+    let document: Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
+    for (key, least, most) in ranges {
+        let found = key.split('.').fold(&document, |value, part| &value[part]);
+        let number = found.as_f64();
+        assert!(
+            number.is_some_and(|n| (*least..=*most).contains(&n)),
+            "{key} is {found}, which is not between {least} and {most}"
+        );
+    }
+    for key in ["kernel", "cpu"] {
+        assert!(document["machine"][key].is_string(), "no machine.{key}");
+    }
+}

@@ -50,11 +50,10 @@ pub use self::{
 use super::{
     journal::{self, Beginning, Journal},
     machine::{Action, Ends, Event, Machine, Subject},
-    report::Report,
+    report::{ReleaseReason, Report},
 };
 use crate::{
     clock::BootTime,
-    hold::wire::ReleaseReason,
     ids::{CgroupId, ContainerId, NetnsInode, PodUid, SandboxId, WatchId},
     kernel::KernelEvent,
     pods::{Pod, Scope},

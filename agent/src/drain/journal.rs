@@ -14,8 +14,7 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     fs, io,
-    io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -25,6 +24,7 @@ use tracing::{debug, warn};
 
 use crate::{
     clock::{BootTime, boot_id},
+    host::files,
     ids::PodUid,
 };
 
@@ -133,26 +133,14 @@ impl Journal {
             return Err(JournalError::Uid(uid.clone()));
         }
         let path = self.dir.join(format!("{uid}.json"));
-        let tmp = self.dir.join(format!("{uid}.tmp"));
         let entry = Entry {
             boot_id: self.boot_id.clone(),
             beginning,
         };
-        let text = serde_json::to_vec(&entry).map_err(|e| io_error("write", &tmp)(e.into()))?;
-        // What is left of an interrupted write may have another mode.
-        let _ = fs::remove_file(&tmp);
-        let written = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&tmp)
-            .and_then(|mut file| file.write_all(&text))
-            .map_err(io_error("write", &tmp))
-            .and_then(|()| fs::rename(&tmp, &path).map_err(io_error("write", &path)));
-        if written.is_err() {
-            let _ = fs::remove_file(&tmp);
-        }
-        written
+        serde_json::to_vec(&entry)
+            .map_err(io::Error::from)
+            .and_then(|text| files::write_for_this_boot(&path, &text))
+            .map_err(io_error("write", &path))
     }
 
     /// Removes what is over at `now`.

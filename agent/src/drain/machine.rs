@@ -39,12 +39,11 @@ use self::{
 };
 use super::{
     policy::{Policy, Until},
-    report::{LatePeer, LookKind, Phase, Report},
+    report::{LatePeer, LookKind, Phase, ReleaseReason, Report},
 };
 use crate::{
     clock::{BootTime, millis},
     flow::{Flow, FlowState, Since, Snapshot},
-    hold::wire::ReleaseReason,
     ids::SocketCookie,
 };
 

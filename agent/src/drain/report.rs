@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use super::policy::Until;
 use crate::{
     flow::{FlowCounts, FlowState},
-    hold::wire::ReleaseReason,
     ids::PodName,
 };
 
@@ -21,6 +20,44 @@ pub enum Phase {
     Drain,
     /// Over.
     Released,
+}
+
+/// Why a hold ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReleaseReason {
+    /// The pod has drained, by its policy's `until`.
+    Drained,
+    /// The deadline passed first.
+    Deadline,
+    /// Somebody said so (`ebb release`).
+    Manual,
+    /// The pod is not known to be terminating.
+    NotTerminating,
+    /// The pod's flows can't be seen, or could not any more; the settle time was kept.
+    Untracked,
+    /// The agent stopped.
+    Shutdown,
+}
+
+impl ReleaseReason {
+    /// The reason as in the CLI, in JSON and in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Drained => "drained",
+            Self::Deadline => "deadline",
+            Self::Manual => "manual",
+            Self::NotTerminating => "not-terminating",
+            Self::Untracked => "untracked",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+impl std::fmt::Display for ReleaseReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
 }
 
 /// How the kernel's tables were looked at.

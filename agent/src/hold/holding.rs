@@ -4,11 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
-use super::wire::{HeldCall, HoldMessage, HoldRequest, PassedNotice, ReleaseReason};
+use super::wire::{HeldCall, HoldMessage, HoldRequest, PassedNotice};
 use crate::{
     agent::Agent,
     clock::{BootTime, millis},
-    drain::driver::HoldOrder,
+    drain::{driver::HoldOrder, report::ReleaseReason},
     ids::ContainerId,
     pods::{
         Pod,

@@ -67,7 +67,7 @@ pub fn digest(bytes: &[u8]) -> String {
     text
 }
 
-/// Writes a file: all of it, or nothing. Its directory has to be there.
+/// Writes a file: all of it, or nothing, also if the machine stops. Its directory has to be there.
 ///
 /// # Errors
 ///
@@ -77,19 +77,42 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
     name.push(".ebb-new");
-    let temporary = directory.join(name);
-    let written = (|| {
-        let mut file = File::create(&temporary)?;
-        file.set_permissions(Permissions::from_mode(mode))?;
+    replace(path, &directory.join(name), mode, |file| {
         file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
+        file.sync_all()
+    })?;
+    sync(directory)
+}
+
+/// Writes a file that matters to this boot alone, for its owner: all of it, or nothing, unless the machine stops. A
+/// process that is killed meanwhile leaves `path` with the extension `tmp`.
+///
+/// # Errors
+///
+/// The system's, after which the file is as it was.
+pub fn write_for_this_boot(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let unfinished = path.with_extension("tmp");
+    replace(path, &unfinished, 0o600, |file| file.write_all(bytes))
+}
+
+/// Puts a file in the place of another, once it is written.
+fn replace(
+    path: &Path,
+    unfinished: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> io::Result<()> {
+    let written = (|| {
+        let mut file = File::create(unfinished)?;
+        // What is left of an interrupted write may have another one.
+        file.set_permissions(Permissions::from_mode(mode))?;
+        write(&mut file)?;
+        fs::rename(unfinished, path)
     })();
     if written.is_err() {
-        let _ = fs::remove_file(&temporary);
+        let _ = fs::remove_file(unfinished);
     }
-    written?;
-    sync(directory)
+    written
 }
 
 /// Removes a file or a symbolic link. One that is gone is no error.

@@ -5,16 +5,12 @@
 //! read once and removed. Socket cookies are given only once between two boots, so an entry that is out of date is that
 //! of a flow which is over, and does no harm.
 
-use std::{
-    fs,
-    io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
-};
+use std::{fs, io, path::Path};
 
 use ebb_common::{Remembered, RememberedFlow};
 
 use super::bytes::Bytes;
+use crate::host::files;
 
 /// As many flows as are remembered at most: 6 MiB in a file, some 25 MiB of the kernel's memory while the next agent
 /// starts.
@@ -27,21 +23,9 @@ pub(super) type Earlier = Vec<(u64, Remembered)>;
 pub(super) fn write(path: &Path, boot_id: &str, flows: &[u8]) -> io::Result<usize> {
     let (all, _) = flows.as_chunks::<{ size_of::<RememberedFlow>() }>();
     let all = all.get(..MOST).unwrap_or(all);
-    let unfinished = path.with_extension("tmp");
-    // What is left of an interrupted write may have another mode.
-    let _ = fs::remove_file(&unfinished);
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&unfinished)?;
-    let written = writeln!(file, "{boot_id}")
-        .and_then(|()| file.write_all(all.as_flattened()))
-        .and_then(|()| fs::rename(&unfinished, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&unfinished);
-    }
-    written.map(|()| all.len())
+    let text = [boot_id.as_bytes(), b"\n", all.as_flattened()].concat();
+    files::write_for_this_boot(path, &text)?;
+    Ok(all.len())
 }
 
 /// Reads the file and removes it. Nothing where there is none, or where it is of another boot.

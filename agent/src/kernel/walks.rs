@@ -233,6 +233,11 @@ mod tests {
         }
         assert_eq!(counted.begun.load(Ordering::SeqCst), 8);
         assert!(counted.most.load(Ordering::SeqCst) <= 2);
+        // Who has walked looks for more to do, in his turn, before he ends.
+        while !walks.waiting().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(walks.permits.acquire_many(2).await.unwrap());
         assert!(walks.spare().is_some(), "nobody walks");
         let all = walks.permits.acquire_many(2).await.unwrap();
         assert!(walks.spare().is_none(), "a third one");

@@ -4,8 +4,7 @@ use std::fmt::Write as _;
 
 use super::{table::by_state, text::duration};
 use crate::{
-    drain::report::{CutFlow, LatePeer, Report},
-    hold::wire::ReleaseReason,
+    drain::report::{CutFlow, LatePeer, ReleaseReason, Report},
     ids::PodName,
 };
 

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use ebb::hold::wire::{HoldMessage, HoldRequest, ReleaseReason};
+use ebb::{
+    drain::report::ReleaseReason,
+    hold::wire::{HoldMessage, HoldRequest},
+};
 
 use super::{hold::*, support::*};
 

@@ -12,9 +12,10 @@ use std::{
 
 use bytes::{BufMut, Bytes, BytesMut};
 use ebb::{
+    drain::report::ReleaseReason,
     hold::{
         cri_proxy::{ProxyOptions, serve},
-        wire::{HoldMessage, HoldRequest, PassedNotice, ReleaseReason},
+        wire::{HoldMessage, HoldRequest, PassedNotice},
     },
     listen,
 };

@@ -14,10 +14,9 @@ use ebb::{
     drain::{
         driver::{DrainHandle, Drains, Hold, HoldOrder},
         policy::{Policy, Until},
-        report::{LookKind, Report},
+        report::{LookKind, ReleaseReason, Report},
     },
     flow::{Exempt, FlowState, TcpState},
-    hold::wire::ReleaseReason,
     ids::CgroupId,
     kernel::Tracker,
     pods::{Pod, Scope},

@@ -14,10 +14,9 @@ use ebb::{
     drain::{
         driver::{DrainHandle, Drains, HoldOrder},
         policy::Policy,
-        report::{LookKind, Report},
+        report::{LookKind, ReleaseReason, Report},
     },
     flow::TcpState,
-    hold::wire::ReleaseReason,
     ids::{PodName, PodUid, SandboxId, WatchId},
     kernel::{KernelEvent, LookUp, Tracker},
     pods::{Pod, Scope},

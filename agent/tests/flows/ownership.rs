@@ -4,9 +4,11 @@ use std::{fs, net::TcpStream, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    drain::{driver::Drains, report::LookKind},
+    drain::{
+        driver::Drains,
+        report::{LookKind, ReleaseReason},
+    },
     flow::{Direction, FlowState::Active, Snapshot, TcpState},
-    hold::wire::ReleaseReason,
     ids::{CgroupId, ContainerId},
     kernel::{Options, WorkloadCount},
     pods::{Scope, cgroup::container_cgroups},

@@ -13,9 +13,8 @@ use ebb::{
     drain::{
         driver::{Drains, HoldOrder},
         policy::Policy,
-        report::Report,
+        report::{ReleaseReason, Report},
     },
-    hold::wire::ReleaseReason,
     ids::{PodName, PodUid, SandboxId},
     pods::{Pod, Scope},
 };

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::hold::wire::ReleaseReason;
+use ebb::drain::report::ReleaseReason;
 use ebb_node::kubelet::{ContainerSpec, PodSpec};
 use k8s_cri::v1::VersionRequest;
 use libtest_mimic::Trial;

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    hold::wire::ReleaseReason,
+    drain::report::ReleaseReason,
     report::view::{DrainList, FlowList},
 };
 use ebb_node::{

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
-use ebb::{hold::wire::ReleaseReason, host::kubelet::clients_of};
+use ebb::{drain::report::ReleaseReason, host::kubelet::clients_of};
 use k8s_cri::v1::{RemovePodSandboxRequest, StopPodSandboxRequest};
 use libtest_mimic::Trial;
 use tokio::time::sleep;

@@ -4,9 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    drain::report::{Phase, Report},
+    drain::report::{Phase, ReleaseReason, Report},
     flow::FlowState,
-    hold::wire::ReleaseReason,
 };
 use ebb_node::kubelet::{Container, ContainerSpec, Kubelet, Pod, PodSpec, Stop};
 use libtest_mimic::Trial;

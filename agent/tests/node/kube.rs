@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    hold::wire::ReleaseReason,
+    drain::report::ReleaseReason,
     report::view::{Explanation, StopView},
 };
 use ebb_node::{

@@ -1,7 +1,7 @@
 //! The Events on a pod, as an API server (a stand-in) has them.
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::hold::wire::ReleaseReason;
+use ebb::drain::report::ReleaseReason;
 use ebb_node::{
     api_server::{Answer, Faults, Verb},
     kubelet::PodSpec,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{drain::report::Report, hold::wire::ReleaseReason};
+use ebb::drain::report::{ReleaseReason, Report};
 use libtest_mimic::Trial;
 use tokio::time::sleep;
 

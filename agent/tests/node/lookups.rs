@@ -3,10 +3,7 @@
 use std::net::{TcpListener, TcpStream};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::report::{LookKind, Phase},
-    hold::wire::ReleaseReason,
-};
+use ebb::drain::report::{LookKind, Phase, ReleaseReason};
 use libtest_mimic::Trial;
 use tokio::task::spawn_blocking;
 

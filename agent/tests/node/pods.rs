@@ -1,7 +1,7 @@
 //! Which pods there are, and what they ask for.
 
 use anyhow::{Result, ensure};
-use ebb::{hold::wire::ReleaseReason, report::view::Network};
+use ebb::{drain::report::ReleaseReason, report::view::Network};
 use ebb_node::kubelet::PodSpec;
 use libtest_mimic::Trial;
 

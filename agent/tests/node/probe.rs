@@ -3,7 +3,10 @@
 use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{drain::report::Report, flow::Exempt, hold::wire::ReleaseReason};
+use ebb::{
+    drain::report::{ReleaseReason, Report},
+    flow::Exempt,
+};
 use ebb_node::helpers;
 use libtest_mimic::Trial;
 use tokio::process::{Child, Command};

@@ -1,7 +1,7 @@
 //! The container runtime dies and comes back.
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::hold::wire::ReleaseReason;
+use ebb::drain::report::ReleaseReason;
 use ebb_node::kubelet::PodSpec;
 use libtest_mimic::Trial;
 

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Result, ensure};
-use ebb::{drain::report::Phase, hold::wire::ReleaseReason};
+use ebb::drain::report::{Phase, ReleaseReason};
 use libtest_mimic::Trial;
 use tokio::time::sleep;
 

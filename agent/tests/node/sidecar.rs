@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::hold::wire::ReleaseReason;
+use ebb::drain::report::ReleaseReason;
 use ebb_node::kubelet::{PodSpec, PreStop, Stop};
 use libtest_mimic::Trial;
 use tokio::time::sleep;

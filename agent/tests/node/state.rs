@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
+    drain::report::ReleaseReason,
     flow::{FlowCounts, FlowState},
-    hold::wire::ReleaseReason,
 };
 use ebb_node::kubelet::PodSpec;
 use libtest_mimic::Trial;

@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use ebb::{
+    drain::report::ReleaseReason,
     flow::{Direction, Exempt},
-    hold::wire::ReleaseReason,
     ids::NetnsInode,
     kernel::{Netns, Tracker},
     report::view::FlowView,

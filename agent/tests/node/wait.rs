@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{drain::report::Report, hold::wire::ReleaseReason};
+use ebb::drain::report::{ReleaseReason, Report};
 use ebb_node::{
     http,
     kubelet::{Output, Pod, PodSpec, PreStop},

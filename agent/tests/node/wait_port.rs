@@ -7,9 +7,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    drain::report::{LookKind, Report},
+    drain::report::{LookKind, ReleaseReason, Report},
     flow::Exempt,
-    hold::wire::ReleaseReason,
     kernel::Netns,
 };
 use ebb_node::{

@@ -12,7 +12,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{drain::policy::Policy, flow::FlowState::Idle, hold::wire::ReleaseReason};
+use ebb::{
+    drain::{policy::Policy, report::ReleaseReason},
+    flow::FlowState::Idle,
+};
 use rustix::process::Signal;
 use socket2::{SockFilter, SockRef};
 use tokio::{

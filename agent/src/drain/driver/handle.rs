@@ -9,9 +9,8 @@ use crate::{
     clock::{BootTime, millis},
     drain::{
         policy::{CallLimits, DEFAULT_GRACE, Policy},
-        report::{Phase, Report},
+        report::{Phase, ReleaseReason, Report},
     },
-    hold::wire::ReleaseReason,
     ids::PodUid,
     pods::Pod,
 };

@@ -13,10 +13,9 @@ use super::*;
 use crate::{
     drain::{
         policy::{IdleFlows, Policy, Until},
-        report::{LookKind, Phase},
+        report::{LookKind, Phase, ReleaseReason},
     },
     flow::{Acceptance, Flow, Origin, Sample, TcpState},
-    hold::wire::ReleaseReason,
     ids::{PodName, SandboxId, SocketCookie},
     kernel::{Edge, Look, LookUp},
     pods::Container,

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 
 use crate::{
     clock::BootTime,
+    drain::report::ReleaseReason,
     flow::{Flow, Snapshot},
-    hold::wire::ReleaseReason,
     ids::{PodName, SocketCookie},
 };
 

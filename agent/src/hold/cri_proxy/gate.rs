@@ -26,7 +26,8 @@ use super::{allowance::Allowance, notices, stop::StopCall};
 use crate::{
     api::client::{AgentClient, AgentError, JsonLines},
     clock::{BootTime, millis},
-    hold::wire::{FIRST_MESSAGE, HOLDS_PATH, HoldMessage, HoldRequest, ReleaseReason},
+    drain::report::ReleaseReason,
+    hold::wire::{FIRST_MESSAGE, HOLDS_PATH, HoldMessage, HoldRequest},
     ids::PodUid,
 };
 

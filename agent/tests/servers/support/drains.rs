@@ -10,9 +10,8 @@ use ebb::{
     drain::{
         driver::{DrainHandle, Drains, Hold, HoldOrder},
         policy::{IdleFlows, Policy, Until},
-        report::Report,
+        report::{ReleaseReason, Report},
     },
-    hold::wire::ReleaseReason,
     kernel::Tracker,
 };
 use tokio::{sync::mpsc, time::timeout};

@@ -22,6 +22,9 @@ use crate::{
     netns, say, stats,
 };
 
+/// How long after its start a helper is let alone, and nothing likewise: what starting costs is another figure.
+const SETTLE: Duration = Duration::from_secs(1);
+
 /// What runs beside the load.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Beside {
@@ -51,6 +54,7 @@ pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
     for _ in 0..lab.extent.pairs {
         for beside in order {
             let helper = Helper::start(lab, beside, pid, server.port())?;
+            sleep(SETTLE);
             let load = load::wrk(lab, server, Connections::Close, lab.extent.window)?;
             helper.stop()?;
             loads[beside as usize].push(load);

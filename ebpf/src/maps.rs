@@ -22,8 +22,9 @@ pub(crate) static FLOWS: SkStorage<FlowRecord> = SkStorage::new();
 pub(crate) static WORKLOADS: HashMap<WorkloadKey, Workload, 16384> = HashMap::new();
 
 /// The workloads of which events are wanted: `{cgroup: 0, netns}` for a pod with a network namespace of its
-/// own, `{cgroup, netns: 0}` for one on the host network. Not preallocated: a program that still has an entry
-/// which has just been removed then never meets another one's in its place.
+/// own, `{cgroup, netns: 0}` for one on the host network. Not preallocated: it is nearly always empty. A program that
+/// still has an entry which has just been removed may count in another one that took its place (from 6.1 on, where such
+/// memory is used again at once): the reader of that is then told of fewer than are counted, and walks.
 #[btf_map]
 pub(crate) static WATCHED: HashMap<WorkloadKey, Watch, 4096, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();

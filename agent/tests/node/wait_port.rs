@@ -69,7 +69,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-fn get(port: u16) -> PreStop {
+/// A hook that waits there.
+pub(crate) fn get(port: u16) -> PreStop {
     PreStop::HttpGet {
         port,
         path: "/ebb/wait".into(),

@@ -10,6 +10,7 @@ mod flows;
 mod install_cri;
 mod pods;
 mod release;
+mod top;
 mod uninstall_cri;
 
 use std::path::PathBuf;
@@ -39,6 +40,8 @@ enum Verb {
     Pods(ViewFlags),
     /// List connections.
     Flows(flows::Flags),
+    /// Show the busiest pods, again and again.
+    Top(top::Flags),
     /// List drains, under way and over, with their reports.
     Drains(ViewFlags),
     /// Compare the counters with the kernel's own tables, and correct them.
@@ -67,6 +70,7 @@ impl Cli {
             Verb::CriProxy(flags) => cri_proxy::run(flags).await,
             Verb::Pods(flags) => pods::run(&flags).await,
             Verb::Flows(flags) => flows::run(&flags).await,
+            Verb::Top(flags) => top::run(&flags).await,
             Verb::Drains(flags) => drains::run(&flags).await,
             Verb::Audit(flags) => audit::run(&flags).await,
             Verb::Release(flags) => release::run(&flags).await,

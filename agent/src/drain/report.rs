@@ -185,3 +185,47 @@ fn is_false(b: &bool) -> bool {
 fn is_zero(n: &u32) -> bool {
     *n == 0
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use crate::ids::PodUid;
+
+    /// Of shop/web (`u1`), which had 41 flows.
+    pub(crate) fn report(reason: Option<ReleaseReason>) -> Report {
+        Report {
+            pod: PodName {
+                uid: PodUid::new("u1"),
+                namespace: "shop".into(),
+                name: "web".into(),
+            },
+            started_at: "2026-01-01T00:00:00Z".into(),
+            phase: Phase::Released,
+            reason,
+            detail: None,
+            until: Until::Zero,
+            held_ms: 8200,
+            deadline_ms: 25_000,
+            holds: 1,
+            flows_at_start: Some(FlowCounts {
+                active: 40,
+                idle: 1,
+                ..FlowCounts::default()
+            }),
+            flows_now: None,
+            changes: vec![],
+            arrived: Some(2),
+            ended: Some(43),
+            idle_closed: 0,
+            cut: vec![],
+            cut_total: Some(0),
+            late_peers: vec![],
+            still_arriving: false,
+            release_lag_us: None,
+            released_by: None,
+            walks: 1,
+            lookups: 0,
+            warnings: vec![],
+        }
+    }
+}

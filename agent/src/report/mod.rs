@@ -8,4 +8,5 @@ pub mod policies;
 pub mod table;
 pub mod tell;
 pub mod text;
+pub mod top;
 pub mod view;

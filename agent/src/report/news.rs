@@ -189,48 +189,7 @@ fn list(named: Vec<String>, total: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        drain::{policy::Until, report::Phase},
-        flow::{FlowCounts, FlowState},
-        ids::PodUid,
-    };
-
-    fn report(reason: Option<ReleaseReason>) -> Report {
-        Report {
-            pod: PodName {
-                uid: PodUid::new("u1"),
-                namespace: "shop".into(),
-                name: "web".into(),
-            },
-            started_at: "2026-01-01T00:00:00Z".into(),
-            phase: Phase::Released,
-            reason,
-            detail: None,
-            until: Until::Zero,
-            held_ms: 8200,
-            deadline_ms: 25_000,
-            holds: 1,
-            flows_at_start: Some(FlowCounts {
-                active: 40,
-                idle: 1,
-                ..FlowCounts::default()
-            }),
-            flows_now: None,
-            changes: Vec::new(),
-            arrived: Some(2),
-            ended: Some(43),
-            idle_closed: 0,
-            cut: Vec::new(),
-            cut_total: Some(0),
-            late_peers: Vec::new(),
-            still_arriving: false,
-            release_lag_us: None,
-            released_by: None,
-            walks: 1,
-            lookups: 0,
-            warnings: Vec::new(),
-        }
-    }
+    use crate::{drain::report::testing::report, flow::FlowState};
 
     fn flow(port: u16) -> CutFlow {
         CutFlow {

@@ -13,14 +13,14 @@ use crate::{
 
 /// How a column is aligned.
 #[derive(Clone, Copy)]
-enum Align {
+pub(super) enum Align {
     Left,
     Right,
 }
-use Align::{Left, Right};
+pub(super) use Align::{Left, Right};
 
 /// A table under construction. A node has tables of 100,000 rows: the cells are kept end to end in one string.
-struct Table<const N: usize> {
+pub(super) struct Table<const N: usize> {
     columns: [(&'static str, Align); N],
     text: String,
     /// Of each cell: how long it is in `text`, and how wide, in characters.
@@ -30,7 +30,7 @@ struct Table<const N: usize> {
 }
 
 impl<const N: usize> Table<N> {
-    fn new(columns: [(&'static str, Align); N]) -> Self {
+    pub(super) fn new(columns: [(&'static str, Align); N]) -> Self {
         let mut table = Self {
             columns,
             text: String::new(),
@@ -43,7 +43,7 @@ impl<const N: usize> Table<N> {
         table
     }
 
-    fn row(&mut self, cells: [&dyn Display; N]) {
+    pub(super) fn row(&mut self, cells: [&dyn Display; N]) {
         for cell in cells {
             self.cell(|text| {
                 // Writing to a string does not fail.
@@ -64,7 +64,7 @@ impl<const N: usize> Table<N> {
         self.cells.push((cell.len() as u32, width as u32));
     }
 
-    fn render(&self) -> String {
+    pub(super) fn render(&self) -> String {
         let line = self.widths.iter().sum::<usize>() + 2 * N + 1;
         let mut out = String::with_capacity(line * (self.cells.len() / N));
         let mut rest = self.text.as_str();
@@ -128,7 +128,7 @@ pub fn pods(list: &PodList) -> String {
 }
 
 /// `?` for what is not known.
-fn number(n: Option<u32>) -> String {
+pub(super) fn number(n: Option<u32>) -> String {
     n.map_or_else(|| "?".into(), |n| n.to_string())
 }
 

@@ -29,6 +29,7 @@ mod scene;
 mod settle;
 mod sidecar;
 mod state;
+mod top;
 mod track;
 mod upgrade;
 mod wait;
@@ -73,6 +74,7 @@ fn trials() -> Vec<Trial> {
         wait::trials(),
         lookups::trials(),
         state::trials(),
+        top::trials(),
         track::trials(),
         upgrade::trials(),
         pass::trials(),

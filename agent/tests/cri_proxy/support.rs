@@ -422,7 +422,7 @@ impl Program {
             .unwrap();
         let socket = at("proxy.sock");
         soon(async {
-            while !socket.exists() {
+            while UnixStream::connect(&socket).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         })

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::sleep,
@@ -135,7 +136,8 @@ impl Proxy {
         let child = spawn(&mut command)?;
         let mut proxy = Self { socket, child };
         let started = Instant::now();
-        while !proxy.socket.exists() {
+        // The file is there a moment before it can be connected to.
+        while UnixStream::connect(&proxy.socket).is_err() {
             if let Some(status) = proxy.child.try_wait()? {
                 bail!("the proxy ended with {status}; its log is above");
             }

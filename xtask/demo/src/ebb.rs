@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use ebb_node::Node;
 use serde_json::Value;
 use tokio::{
+    net::UnixStream,
     process::{Child, Command},
     time::{sleep, timeout},
 };
@@ -54,7 +55,9 @@ impl Ebb {
             cri_socket,
         };
         let started = Instant::now();
-        while ebb.query(&["pods"]).await.is_err() || !ebb.cri_socket.exists() {
+        while ebb.query(&["pods"]).await.is_err()
+            || UnixStream::connect(&ebb.cri_socket).await.is_err()
+        {
             ensure!(
                 started.elapsed() < Duration::from_secs(10),
                 "ebb did not start; its log is above"

@@ -1,59 +1,66 @@
 //! The `ebb` command.
 
-use std::{io, process::ExitCode, time::Duration};
+use std::{
+    env,
+    io::{self, Write as _},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::Parser as _;
-use ebb::{cli::Cli, exit, log::Log, report::text::one_line};
+use ebb::cli::{Cli, exit, kubectl::Plugin};
+use ebb_protocol::service::log;
 
-/// How long the end waits for what runs on threads of its own, such as the journal's last entry.
-const LAST_WORK: Duration = Duration::from_secs(1);
+/// How long the process waits at its end for blocking threads, such as a write to the journal.
+const BLOCKING_THREADS_WITHIN: Duration = Duration::from_secs(1);
 
-/// How long it waits for whoever reads the log.
-const LAST_LINES: Duration = Duration::from_millis(500);
+/// How long it waits until the log is flushed.
+const LOG_FLUSH_WITHIN: Duration = Duration::from_millis(500);
+
+/// Crates that log the errors of each request to the API server. ebb retries or reports these itself, and the log says
+/// once when the API server goes and when it is back.
+const HANDLED_BY_EBB: [&str; 2] = ["kube_client", "kube_runtime"];
 
 fn main() -> ExitCode {
+    if Plugin::is_called_by(env::args_os().next().as_deref()) {
+        let plugin = Plugin::parse(env::args_os());
+        let result = Cli::runtime().map_err(anyhow::Error::from);
+        let result = result.and_then(|runtime| {
+            let result = runtime.block_on(plugin.run());
+            // A thread may still wait for a key.
+            runtime.shutdown_background();
+            result
+        });
+        return status(result);
+    }
     let cli = Cli::parse();
-    let log = cli.is_service().then(start_log).transpose();
+    let log = cli
+        .log_format()
+        .map(|format| log::start(format, &HANDLED_BY_EBB))
+        .transpose();
     let result = log
-        .and_then(|log| Ok((log, cli.runtime()?)))
         .map_err(anyhow::Error::from)
+        .and_then(|log| Ok((log, Cli::runtime()?)))
         .and_then(|(log, runtime)| {
             let result = runtime.block_on(cli.run());
-            // Not to be kept by a thread that a disk or the kernel does not answer.
-            runtime.shutdown_timeout(LAST_WORK);
+            // A thread that is blocked on a disk or in the kernel must not keep the process from ending.
+            runtime.shutdown_timeout(BLOCKING_THREADS_WITHIN);
             if let Some(log) = log {
-                log.flush(LAST_LINES);
+                log.flush(LOG_FLUSH_WITHIN);
             }
             result
         });
+    status(result.map(|()| ExitCode::SUCCESS))
+}
+
+/// The exit status. Prints the error if there is one.
+fn status(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(e) => {
-            eprintln!("ebb: {}", one_line(&e));
+            // Without a reader of standard error, the status alone says it.
+            let _ = writeln!(io::stderr(), "ebb: {}", exit::message(&e));
             exit::code(&e)
         }
     }
-}
-
-/// Has what this process does logged to standard error, as `EBB_LOG` wants it.
-fn start_log() -> io::Result<Log> {
-    let log = Log::to(io::stderr())?;
-    let wanted = std::env::var("EBB_LOG").ok();
-    let filter = wanted.as_ref().map(tracing_subscriber::EnvFilter::try_new);
-    let wrong = filter
-        .as_ref()
-        .and_then(|f| f.as_ref().err().map(ToString::to_string));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter.and_then(Result::ok).unwrap_or_else(|| "info".into()))
-        .with_writer({
-            let log = log.clone();
-            move || log.clone()
-        })
-        .with_ansi(false)
-        .with_target(false)
-        .init();
-    if let (Some(wanted), Some(wrong)) = (wanted, wrong) {
-        tracing::warn!("EBB_LOG={wanted:?} is no log level ({wrong}): logging at info");
-    }
-    Ok(log)
 }

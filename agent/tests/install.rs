@@ -12,11 +12,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ebb::{host::files::digest, pods::cri::Cri};
-use ebb_node::parts::Parts;
+use ebb::{linux::files::digest, pods::cri::Cri};
+use ebb_testkit::{helpers::beside, parts::Parts};
 use tempfile::TempDir;
 
 const EBB: &str = env!("CARGO_BIN_EXE_ebb");
+
+/// The proxy that `ebb install-cri` installs.
+fn proxy() -> PathBuf {
+    beside(EBB, "ebb-cri-proxy")
+}
 
 const CONFIG: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n\
     containerRuntimeEndpoint: unix:///run/containerd/containerd.sock\n";
@@ -38,7 +43,7 @@ impl Host {
         host.write("etc/systemd/system/other.service", "[Service]\n");
         host.write("var/lib/kubelet/config.yaml", CONFIG);
         host.process(1, "systemd", "mnt:[1]", &["/sbin/init"]);
-        // Of a pod, with a name that it gave itself.
+        // A process in a pod that calls itself kubelet.
         host.process(
             40,
             "kubelet",
@@ -97,14 +102,14 @@ impl Host {
         command.output().unwrap()
     }
 
-    /// What a verb that succeeds prints.
+    /// Runs a verb that must succeed, and returns what it prints.
     fn says(&self, verb: &str, flags: &[&str]) -> String {
         let out = self.ebb(verb, flags);
         assert!(out.status.success(), "{verb} {flags:?}: {out:?}");
         String::from_utf8(out.stdout).unwrap()
     }
 
-    /// Why a verb refuses.
+    /// Runs a verb that must refuse, and returns its one line of error.
     fn refuses(&self, verb: &str, flags: &[&str]) -> String {
         let out = self.ebb(verb, flags);
         assert_eq!(out.status.code(), Some(12), "{verb} {flags:?}: {out:?}");
@@ -113,7 +118,7 @@ impl Host {
         text
     }
 
-    /// Everything there is, with modes and times of change of its files.
+    /// Every path, with the modes, modification times and digests of files.
     fn tree(&self) -> BTreeMap<PathBuf, String> {
         let mut tree = BTreeMap::new();
         let mut todo = vec![self.0.path().to_owned()];
@@ -161,10 +166,12 @@ fn installing_and_removing_leaves_the_host_as_it_was() {
     }
 
     assert_eq!(
-        fs::read(host.path("opt/ebb/bin/ebb")).unwrap(),
-        fs::read(EBB).unwrap()
+        fs::read(host.path("opt/ebb/bin/ebb-cri-proxy")).unwrap(),
+        fs::read(proxy()).unwrap()
     );
-    let mode = fs::metadata(host.path("opt/ebb/bin/ebb")).unwrap().mode();
+    let mode = fs::metadata(host.path("opt/ebb/bin/ebb-cri-proxy"))
+        .unwrap()
+        .mode();
     assert_eq!(mode & 0o777, 0o755);
     let runtime = host.read("etc/systemd/system/ebb-cri.service.d/10-runtime.conf");
     assert!(
@@ -187,7 +194,7 @@ fn installing_and_removing_leaves_the_host_as_it_was() {
         Path::new("/etc/systemd/system/ebb-cri.socket")
     );
 
-    // Again: the runtime is still the runtime, not the proxy that the kubelet is now told to use.
+    // A second run: the runtime is still containerd, not the proxy that the kubelet now uses.
     let installed = host.tree();
     let again = host.says("install-cri", &[]);
     assert!(again.contains("nothing to do"), "{again}");
@@ -203,7 +210,7 @@ fn installing_and_removing_leaves_the_host_as_it_was() {
 }
 
 #[test]
-fn without_apply_the_setting_is_shown_and_the_kubelet_left_alone() {
+fn without_apply_the_setting_is_printed_and_the_kubelet_is_not_changed() {
     let host = Host::new("1.33.0", &FLAGS);
     let before = host.tree();
     let said = host.says("install-cri", &["--dry-run"]);
@@ -220,14 +227,14 @@ fn without_apply_the_setting_is_shown_and_the_kubelet_left_alone() {
     );
     assert!(said.contains("99-ebb-cri.conf"), "{said}");
     assert!(!host.path(DROP_IN).exists());
-    // With it, later, and then without it again: what was applied stays.
+    // Once with `--apply`, and then without it: the drop-in stays.
     host.says("install-cri", &["--apply"]);
     host.says("install-cri", &[]);
     assert!(host.path(DROP_IN).exists());
 }
 
 #[test]
-fn where_a_drop_in_would_be_of_no_use_apply_refuses_and_says_what_to_change() {
+fn apply_refuses_if_a_drop_in_would_have_no_effect_and_says_what_to_change() {
     let flag = "--container-runtime-endpoint=unix:///run/containerd/containerd.sock";
     let host = Host::new("1.31.0", &[FLAGS[0], FLAGS[1], flag]);
     let before = host.tree();
@@ -277,11 +284,11 @@ fn in_front_of_crio_the_proxys_path_ends_like_crios() {
 }
 
 #[test]
-fn the_proxy_is_not_removed_from_under_the_kubelet() {
+fn the_proxy_is_not_removed_while_the_kubelet_uses_it() {
     let host = Host::new("1.31.2", &FLAGS);
     let before = host.tree();
     host.says("install-cri", &["--apply"]);
-    // The drop-in goes first; the kubelet was started with it, and is connected until it is restarted.
+    // The drop-in is removed first; the kubelet was started with it, and stays connected until it is restarted.
     let clients = "Num RefCount Protocol Flags Type St Inode Path\n\
         0: 00000003 00000000 00000000 0001 03 12 /run/ebb/cri.sock\n";
     host.write("proc/1/net/unix", clients);
@@ -293,12 +300,12 @@ fn the_proxy_is_not_removed_from_under_the_kubelet() {
     let why = host.refuses("uninstall-cri", &[]);
     assert!(why.contains("restart the kubelet"), "{why}");
     assert!(!host.path(DROP_IN).exists());
-    assert!(host.path("opt/ebb/bin/ebb").exists());
+    assert!(host.path("opt/ebb/bin/ebb-cri-proxy").exists());
     fs::remove_file(host.path("proc/1/net/unix")).unwrap();
     host.says("uninstall-cri", &[]);
     assert_eq!(host.tree(), before);
 
-    // Set by hand: not ebb's to change.
+    // An endpoint that was set by hand: ebb does not change it.
     host.says("install-cri", &[]);
     host.write(
         "var/lib/kubelet/config.yaml",
@@ -315,12 +322,12 @@ fn the_proxy_is_not_removed_from_under_the_kubelet() {
 }
 
 #[test]
-fn the_proxy_stays_where_nobody_can_tell_who_is_connected() {
+fn the_proxy_is_not_removed_while_its_clients_are_unknown() {
     let host = Host::new("1.31.2", &FLAGS);
     let before = host.tree();
     host.says("install-cri", &[]);
     let installed = host.tree();
-    // It is there, and can't be read.
+    // The file exists and can't be read.
     fs::create_dir(host.path("proc/1/net/unix")).unwrap();
     for flags in [&[][..], &["--dry-run"]] {
         let why = host.refuses("uninstall-cri", flags);
@@ -336,31 +343,24 @@ fn the_proxy_stays_where_nobody_can_tell_who_is_connected() {
 }
 
 #[test]
-fn absolute_links_of_the_host_lead_into_the_host() {
+fn absolute_links_of_the_host_are_resolved_inside_the_host() {
     let host = Host::new("1.31.2", &FLAGS);
-    // A place of its own, of which this process has none by that path.
-    let elsewhere = TempDir::new().unwrap();
-    let within = host.path(
-        elsewhere
-            .path()
-            .strip_prefix("/")
-            .unwrap()
-            .to_str()
-            .unwrap(),
-    );
+    // This path exists on the host and outside it: ebb must use the one on the host.
+    let target = TempDir::new().unwrap();
+    let within = host.path(target.path().strip_prefix("/").unwrap().to_str().unwrap());
     fs::create_dir_all(&within).unwrap();
     for directory in ["opt", "etc/kubernetes/kubelet.conf.d"] {
         fs::remove_dir(host.path(directory)).unwrap();
-        symlink(elsewhere.path(), host.path(directory)).unwrap();
+        symlink(target.path(), host.path(directory)).unwrap();
     }
     let before = host.tree();
     host.says("install-cri", &["--apply"]);
-    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
-    let program = fs::read(within.join("ebb/bin/ebb")).unwrap();
-    assert_eq!(digest(&program), digest(&fs::read(EBB).unwrap()));
+    assert_eq!(fs::read_dir(target.path()).unwrap().count(), 0);
+    let program = fs::read(within.join("ebb/bin/ebb-cri-proxy")).unwrap();
+    assert_eq!(digest(&program), digest(&fs::read(proxy()).unwrap()));
     let setting = fs::read_to_string(within.join("99-ebb-cri.conf")).unwrap();
     assert!(setting.contains("unix:///run/ebb/cri.sock"), "{setting}");
-    // The kubelet's configuration is read through them, too.
+    // The kubelet's configuration is read through the links, too.
     let said = host.says("install-cri", &[]);
     assert!(
         said.contains("the kubelet uses the proxy already"),
@@ -379,14 +379,14 @@ fn absolute_links_of_the_host_lead_into_the_host() {
         "{said}"
     );
     assert_eq!(host.tree(), before);
-    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(target.path()).unwrap().count(), 0);
 }
 
 #[test]
-fn an_installation_that_breaks_off_says_how_to_undo_it() {
+fn a_failed_installation_says_how_to_undo_it() {
     let host = Host::new("1.31.2", &FLAGS);
     let before = host.tree();
-    // In a mount namespace of its own: /opt is read-only.
+    // In a mount namespace of its own, where /opt is read-only.
     let script = r#"mount -t tmpfs -o ro none "$1/opt" && exec "$0" install-cri --root "$1""#;
     let out = Command::new("unshare")
         .args(["--mount", "sh", "-c", script, EBB])
@@ -404,7 +404,7 @@ fn an_installation_that_breaks_off_says_how_to_undo_it() {
 }
 
 #[test]
-fn files_of_others_are_neither_replaced_nor_removed() {
+fn files_that_others_wrote_or_changed_are_neither_replaced_nor_removed() {
     let host = Host::new("1.31.2", &FLAGS);
     host.write("etc/systemd/system/ebb-cri.service", "mine\n");
     let before = host.tree();
@@ -429,7 +429,7 @@ fn files_of_others_are_neither_replaced_nor_removed() {
     assert!(!host.path("opt/ebb").exists());
 }
 
-/// A program of systemd's, from the machine or from what `cargo xtask setup` has unpacked.
+/// A program of systemd that `cargo xtask setup` has unpacked.
 fn systemd(program: &str) -> Command {
     let parts = Parts::directory();
     let unpacked = parts.join("usr/bin").join(program);
@@ -459,11 +459,15 @@ fn the_installed_units_pass_systemds_own_check() {
         let host = Host::new("1.31.2", &[&flag]);
         host.says("install-cri", &[]);
         let units = host.path("etc/systemd/system");
-        // It looks for the program at its real place; what is checked is the unit.
+        // The check fails without the unit's program, which is not installed here.
         for unit in ["ebb-cri.service", "ebb-cri.service.d/10-runtime.conf"] {
             let path = units.join(unit);
             let text = fs::read_to_string(&path).unwrap();
-            fs::write(path, text.replace("/opt/ebb/bin/ebb", EBB)).unwrap();
+            fs::write(
+                path,
+                text.replace("/opt/ebb/bin/ebb-cri-proxy", proxy().to_str().unwrap()),
+            )
+            .unwrap();
         }
         let out = systemd("systemd-analyze")
             .args(["verify", "--man=no", "--recursive-errors=no"])
@@ -477,7 +481,7 @@ fn the_installed_units_pass_systemds_own_check() {
             .filter(|line| line.contains("ebb-cri"))
             .collect();
         assert!(out.status.success() && ours.is_empty(), "{out:?}");
-        // A unit that is wrong is found.
+        // An invalid unit is found.
         let service = units.join("ebb-cri.service");
         let text = fs::read_to_string(&service).unwrap();
         fs::write(&service, text.replace("Restart=always", "Restart=perhaps")).unwrap();
@@ -491,10 +495,10 @@ fn the_installed_units_pass_systemds_own_check() {
     }
 }
 
-/// Ends a process that a test started.
-struct Started(std::process::Child);
+/// A process that is killed when this is dropped.
+struct KilledOnDrop(std::process::Child);
 
-impl Drop for Started {
+impl Drop for KilledOnDrop {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -510,14 +514,14 @@ async fn the_proxy_serves_the_socket_that_systemd_passes() {
     command
         .arg("--listen")
         .arg(&socket)
-        .arg(EBB)
-        .args(["cri-proxy", "--listen", "/nowhere/at/all", "--runtime"])
+        .arg(proxy())
+        .args(["--listen", "/nowhere/at/all", "--runtime"])
         .arg(directory.path().join("no-runtime.sock"))
         .stderr(Stdio::null());
-    let _proxy = Started(command.spawn().unwrap());
+    let _proxy = KilledOnDrop(command.spawn().unwrap());
     let started = Instant::now();
     let answer = loop {
-        // Until it listens nobody is there; afterwards the proxy is, and says so of the runtime.
+        // Before it listens, no connection succeeds; afterwards the proxy answers that it can't reach the runtime.
         let answer = match Cri::connect(&socket).await {
             Ok(cri) => panic!("{} answers without a runtime", cri.runtime()),
             Err(e) => e.to_string(),

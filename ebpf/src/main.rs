@@ -1,8 +1,8 @@
-//! ebb's BPF programs: who has which TCP connections open.
+//! ebb's BPF programs.
 //!
-//! [`track`] runs at each TCP state change and nowhere else; [`seed`] walks the sockets that are older than
-//! the agent through the same accounting, [`audit`] compares all sockets with it, and [`remember`] tells what the next
-//! agent is to know of them. Nothing is on the data path, but [`deaf`] at connections that are being closed.
+//! [`track`] runs at each TCP state change, and counts accepted connections as they are opened and closed.
+//! [`inspect`] is never attached: the agent runs it to look up single connections. No program is on the data path,
+//! except [`drop_payload`] for connections that ebb closes.
 
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", no_main)]
@@ -10,22 +10,16 @@
 #![cfg_attr(target_arch = "bpf", allow(internal_features))]
 #![allow(
     unsafe_code,
-    reason = "BPF helpers and the names a loader looks for are unsafe by nature"
+    reason = "BPF helpers and the symbol names that the loader expects need it"
 )]
 
-mod account;
-mod audit;
-mod bare_ack;
-mod deaf;
-mod iter;
+mod drop_payload;
+mod inspect;
 mod maps;
-mod probe;
-mod remember;
-mod seed;
 mod sock;
 mod track;
 
-/// The verifier rejects an endless loop that can be reached, so a program that could panic does not load.
+/// The verifier rejects an endless loop that is reachable, so a program that can panic does not load.
 #[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

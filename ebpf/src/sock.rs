@@ -1,85 +1,107 @@
-//! Reading the kernel's socket structures at the offsets that user space resolved.
+//! Reads the kernel's socket structures at the offsets that user space resolved.
 //!
-//! What lies in `struct sock` itself, and behind its typed pointers, is loaded: the verifier knows the type of each
-//! pointer, and the offset from frozen globals, and rejects a program in which they don't fit; where a pointer turns
-//! out to be null, the load gives 0. The rest (more than a word, or fields of what `struct sock` is only the beginning
-//! of) goes through `bpf_probe_read_kernel`, which costs a call: a wrong address reads as an error, never as a fault.
+//! Fields of the structure that a pointer is typed for, and what its typed pointers lead to, are loaded directly. The
+//! verifier knows the type of each pointer and the offset from the frozen globals, and rejects a program in which
+//! they do not match. A load through a null pointer returns 0.
+//!
+//! Other fields are read by `bpf_probe_read_kernel`, which costs a call: those of more than a word, and those of a
+//! structure that `struct sock` is only the beginning of. A wrong address then is an error and not a fault.
 
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
-use ebb_common::{Offsets, WorkloadKey};
+use ebb_common::{StampKey, WorkloadKey, mapped};
 
-use crate::maps::OFFSETS;
+/// The address family of IPv4.
+pub(crate) const AF_INET: u16 = 2;
 
-/// One of [`OFFSETS`]. `Global::load` would load all of them for it.
+/// One field of [`OFFSETS`]. `Global::load` would load all of them.
 macro_rules! offset {
     ($field:ident) => {{
         // A `Global` is transparent.
-        let offsets = (&raw const OFFSETS).cast::<Offsets>();
-        // SAFETY: an aligned field of a static that nobody writes once the program runs.
+        let offsets = (&raw const crate::maps::OFFSETS).cast::<ebb_common::Offsets>();
+        // SAFETY: an aligned field of a static that is frozen before the program runs.
         unsafe { (&raw const (*offsets).$field).read_volatile() }
     }};
 }
+pub(crate) use offset;
 
-/// A pointer to a kernel `struct sock`, as a program got it from its context or from `bpf_skc_to_tcp_sock`.
+/// A pointer to a kernel socket, from the context of a program (`struct sock`) or from `bpf_skc_to_tcp_sock` (`struct
+/// tcp_sock`, which begins with all the others).
 #[derive(Clone, Copy)]
 pub(crate) struct Sock(pub(crate) *const c_void);
 
 impl Sock {
-    /// A number or a typed pointer in `struct sock` itself.
+    /// Loads a number or a typed pointer from the structure that the pointer is typed for.
     #[inline(always)]
-    fn load<T: Copy>(self, offset: u32) -> T {
+    pub(crate) fn load<T: Copy>(self, offset: u32) -> T {
         load(self.0, offset)
     }
 
-    /// More than a word, or a field of what `struct sock` is only the beginning of.
+    /// Reads more than a word, or a field of a structure that `struct sock` is only the beginning of.
     fn read<T>(self, offset: u32) -> Option<T> {
         read(self.0.wrapping_byte_add(offset as usize))
     }
 
+    #[inline(always)]
     pub(crate) fn protocol(self) -> u16 {
         self.load(offset!(sock_protocol))
     }
 
+    /// `sk_max_ack_backlog`: an accepted socket has that of its listener.
+    #[inline(always)]
+    pub(crate) fn backlog(self) -> u32 {
+        self.load(offset!(sock_max_ack_backlog))
+    }
+
+    /// `sk_userlocks`: see `ebb_common::user_locks`.
+    #[inline(always)]
+    pub(crate) fn user_locks(self) -> u8 {
+        let byte: u8 = self.load(offset!(sock_userlocks));
+        (u32::from(byte) >> offset!(sock_userlocks_shift) & offset!(sock_userlocks_mask)) as u8
+    }
+
+    #[inline(always)]
     pub(crate) fn family(self) -> u16 {
         self.load(offset!(sock_common_family))
     }
 
-    pub(crate) fn state(self) -> u8 {
-        self.load(offset!(sock_common_state))
+    /// Identifies the connection in the table of opening times, until after it is closed.
+    #[inline(always)]
+    pub(crate) fn stamp_key(self) -> StampKey {
+        StampKey {
+            hash: self.load(offset!(sock_common_hash)),
+            remote: self.load(offset!(sock_common_daddr)),
+            local: self.load(offset!(sock_common_rcv_saddr)),
+            remote_port: self.remote_port(),
+        }
     }
 
-    /// `tcp_sock.rcv_nxt`: the sequence number after the last byte received in order.
-    pub(crate) fn received_up_to(self) -> Option<u32> {
-        self.read(offset!(tcp_sock_rcv_nxt))
+    /// Whether the application has a file for the socket.
+    #[inline(always)]
+    pub(crate) fn is_owned(self) -> bool {
+        let socket: *const c_void = self.load(offset!(sock_socket));
+        !socket.is_null()
     }
 
-    /// `tcp_sock.snd_wl1`: the sequence number of the segment that last updated the send window.
-    pub(crate) fn window_updated_by(self) -> Option<u32> {
-        self.read(offset!(tcp_sock_snd_wl1))
+    /// The inode number of the application's file for the socket; 0 if it has none. The inode lies behind the `struct
+    /// socket` that the pointer is typed for.
+    #[inline(always)]
+    pub(crate) fn inode(self) -> u32 {
+        let socket: *const c_void = self.load(offset!(sock_socket));
+        if socket.is_null() {
+            return 0;
+        }
+        let number: Option<u64> = read(socket.wrapping_byte_add(offset!(socket_inode) as usize));
+        number.unwrap_or(0) as u32
     }
 
-    /// `tcp_sock.delivered_mstamp`: when the peer last acknowledged data, in microseconds of the monotonic clock.
-    pub(crate) fn delivered_at(self) -> Option<u64> {
-        self.read(offset!(tcp_sock_delivered_mstamp))
-    }
-
-    /// `tcp_sock.tcp_mstamp`: when it last sent or received anything, likewise.
-    pub(crate) fn touched_at(self) -> Option<u64> {
-        self.read(offset!(tcp_sock_tcp_mstamp))
-    }
-
-    /// The local port by `skc_num`: right for listeners and open flows, 0 when closing.
-    pub(crate) fn num(self) -> u16 {
-        self.load(offset!(sock_common_num))
-    }
-
-    /// The local port by `inet_sport`, which survives the close.
+    /// The local port from `inet_sport`, which the kernel keeps when the connection is closed.
     pub(crate) fn local_port(self) -> Option<u16> {
         self.read(offset!(inet_sock_sport)).map(u16::from_be)
     }
 
+    #[inline(always)]
     pub(crate) fn remote_port(self) -> u16 {
         u16::from_be(self.load(offset!(sock_common_dport)))
     }
@@ -92,6 +114,51 @@ impl Sock {
         u32::to_ne_bytes(self.load(offset!(sock_common_daddr)))
     }
 
+    /// The local address. An IPv4 address is mapped.
+    #[inline(always)]
+    pub(crate) fn local(self) -> Option<[u64; 2]> {
+        if self.family() == AF_INET {
+            return Some(mapped(self.load(offset!(sock_common_rcv_saddr))));
+        }
+        self.read(offset!(sock_common_v6_rcv_saddr))
+    }
+
+    /// The peer's address, likewise.
+    #[inline(always)]
+    pub(crate) fn remote(self) -> Option<[u64; 2]> {
+        if self.family() == AF_INET {
+            return Some(mapped(self.load(offset!(sock_common_daddr))));
+        }
+        self.read(offset!(sock_common_v6_daddr))
+    }
+
+    /// Whether both ends have the same address, or the peer's is one of the IPv4 loopback. Most IPv6 addresses differ in
+    /// the last byte, and reading them whole takes long.
+    #[inline(always)]
+    pub(crate) fn has_one_address(self) -> bool {
+        if self.family() == AF_INET {
+            let (local, remote): (u32, u32) = (
+                self.load(offset!(sock_common_rcv_saddr)),
+                self.load(offset!(sock_common_daddr)),
+            );
+            return u32::from_be(remote) >> 24 == 127 || local == remote;
+        }
+        let local: u8 = self.load(offset!(sock_common_v6_rcv_saddr) + 15);
+        let remote: u8 = self.load(offset!(sock_common_v6_daddr) + 15);
+        if local != remote {
+            return false;
+        }
+        let Some([local, local_end]) = self.read::<[u64; 2]>(offset!(sock_common_v6_rcv_saddr))
+        else {
+            return false;
+        };
+        let Some([remote, remote_end]) = self.read::<[u64; 2]>(offset!(sock_common_v6_daddr))
+        else {
+            return false;
+        };
+        local == remote && local_end == remote_end
+    }
+
     pub(crate) fn local_v6(self) -> Option<[u8; 16]> {
         self.read(offset!(sock_common_v6_rcv_saddr))
     }
@@ -101,30 +168,16 @@ impl Sock {
     }
 
     #[inline(always)]
-    pub(crate) fn netns(self) -> u32 {
+    fn netns(self) -> u32 {
         load(self.load(offset!(sock_common_net)), offset!(net_ns_inum))
     }
 
-    /// `sk->sk_cgrp_data.cgroup->kn->id`; 0 where there is no cgroup v2 to name.
+    /// `sk->sk_cgrp_data.cgroup->kn->id`; 0 if the socket has no cgroup of v2.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> u64 {
         let cgroup = offset!(sock_cgrp_data) + offset!(sock_cgroup_data_cgroup);
-        if offset!(sock_cgroup_data_is_tagged) != 0 {
-            return self.tagged_cgroup(cgroup).unwrap_or(0);
-        }
         let kn: *const c_void = load(self.load(cgroup), offset!(cgroup_kn));
         load(kn, offset!(kernfs_node_id))
-    }
-
-    /// Likewise, on kernels before 5.15: the pointer shares its word with cgroup v1 data, marked by the lowest bit, and
-    /// has no type by which the verifier would let a program follow it.
-    fn tagged_cgroup(self, offset: u32) -> Option<u64> {
-        let cgroup: u64 = self.read(offset)?;
-        if cgroup == 0 || cgroup & 1 == 1 {
-            return None;
-        }
-        let kn = read_at(cgroup, offset!(cgroup_kn))?;
-        read_at(kn, offset!(kernfs_node_id))
     }
 
     #[inline(always)]
@@ -137,11 +190,11 @@ impl Sock {
     }
 }
 
-/// A number or a pointer in a kernel structure of which the verifier knows the type.
+/// Loads a number or a pointer from a kernel structure whose type the verifier knows.
 #[inline(always)]
-fn load<T: Copy>(structure: *const c_void, offset: u32) -> T {
-    // SAFETY: the verifier checks pointer, offset and size; every `T` loaded here is an integer or a pointer that is
-    // only loaded from in turn.
+pub(crate) fn load<T: Copy>(structure: *const c_void, offset: u32) -> T {
+    // SAFETY: the verifier checks pointer, offset and size. Every `T` here is an integer, or a pointer that is only
+    // used to load from.
     unsafe {
         structure
             .wrapping_byte_add(offset as usize)
@@ -150,13 +203,7 @@ fn load<T: Copy>(structure: *const c_void, offset: u32) -> T {
     }
 }
 
-fn read_at<T>(address: u64, offset: u32) -> Option<T> {
-    read(core::ptr::without_provenance(
-        (address + u64::from(offset)) as usize,
-    ))
-}
-
 fn read<T>(from: *const c_void) -> Option<T> {
-    // SAFETY: the helper checks the address; every `T` read here is made of integers.
+    // SAFETY: the helper checks the address. Every `T` here consists of integers.
     unsafe { bpf_probe_read_kernel(from.cast::<T>()) }.ok()
 }

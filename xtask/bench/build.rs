@@ -1,4 +1,4 @@
-//! Compiles the programs that ebb's are measured against.
+//! Compiles the bench's BPF programs.
 
 use std::path::Path;
 

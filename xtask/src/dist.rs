@@ -1,4 +1,4 @@
-//! What is deployed: one static binary, and the image around it.
+//! `cargo xtask dist`: builds two static binaries and the image with them.
 
 use std::{
     fs,
@@ -14,34 +14,50 @@ use crate::{
     setup,
 };
 
-/// The image's name; the one in deploy/daemonset.yaml.
+/// The image's name, as in deploy/daemonset.yaml.
 const IMAGE: &str = concat!("docker.io/library/ebb:", env!("CARGO_PKG_VERSION"));
 
-/// How to build it.
+/// The binaries: the agent with the command line, and the CRI proxy.
+const BINARIES: [&str; 2] = ["ebb", "ebb-cri-proxy"];
+
+/// How to build.
 #[derive(Args)]
-pub(crate) struct Options {
-    /// Unoptimised, as the tests have it.
+pub(crate) struct DistOptions {
+    /// Build the image that the tests run: with their own binaries, not optimised and with shared libraries.
     #[arg(long)]
     debug: bool,
 }
 
-/// Builds binary and image, and says where they are.
-pub(crate) fn dist(options: &Options) -> Result<()> {
-    setup::ensure()?;
+/// Installs what is missing and builds binaries and image.
+pub(crate) fn dist(options: &DistOptions) -> Result<()> {
+    setup::ensure(setup::Needs::All)?;
     build(options.debug)
 }
 
-/// As [`dist`], with all that is needed already there.
+/// Builds binaries and image, and prints their paths. Assumes that nothing is missing.
 pub(crate) fn build(debug: bool) -> Result<()> {
     let kind = if debug { "debug" } else { "release" };
     let dist = target().join("dist").join(kind);
     fs::create_dir_all(&dist).with_context(|| format!("making {}", dist.display()))?;
-    say(&format!("building the static binary ({kind})"));
-    let binary = dist.join("ebb");
-    fs::copy(binary_of(debug)?, &binary).context("copying the binary")?;
+    let built = if debug {
+        say("building the tests");
+        // What the tests run anyway, so nothing is compiled twice.
+        run(cargo().args(["test", "--workspace", "--locked", "--quiet", "--no-run"]))?;
+        target().join("debug")
+    } else {
+        say("building the static binaries");
+        build_static()?
+    };
+    for name in BINARIES {
+        fs::copy(built.join(name), dist.join(name)).with_context(|| format!("copying {name}"))?;
+    }
     say("building the image");
-    let archive = image(&dist)?;
-    for file in [&binary, &archive] {
+    let archive = image(&dist, debug)?;
+    for file in BINARIES
+        .map(|name| dist.join(name))
+        .iter()
+        .chain([&archive])
+    {
         let size = fs::metadata(file)?.len() / 1_000_000;
         let shown = file.strip_prefix(root()).unwrap_or(file);
         say(&format!("{} ({size} MB)", shown.display()));
@@ -49,35 +65,32 @@ pub(crate) fn build(debug: bool) -> Result<()> {
     Ok(())
 }
 
-/// A binary that needs no library: glibc can be linked into it, too. With `--target`, the flags are not for build
-/// scripts and macros, so that these are the ones that are there for other builds; and what the flags are for has
-/// a directory of its own.
-fn binary_of(debug: bool) -> Result<PathBuf> {
+/// Builds static binaries, glibc included, and returns their directory. With `--target`, cargo applies the flags to
+/// neither build scripts nor macros, and uses a directory of its own, so other builds are not invalidated.
+fn build_static() -> Result<PathBuf> {
     let about = output(command("rustc").arg("--version").arg("--verbose"))?;
     let host = about.lines().find_map(|line| line.strip_prefix("host: "));
-    let host = host.context("rustc does not tell its host")?;
+    let host = host.context("rustc -vV names no host")?;
     let flags = format!(
         "CARGO_TARGET_{}_RUSTFLAGS",
         host.to_uppercase().replace('-', "_")
     );
     let mut build = cargo();
     build
-        .args(["build", "--locked", "--quiet", "--package", "ebb"])
-        .args(["--target", host])
-        .env(flags, "-C target-feature=+crt-static -C strip=debuginfo");
-    if !debug {
-        build.arg("--release");
-    }
+        .args(["build", "--locked", "--quiet"])
+        .args(BINARIES.iter().flat_map(|name| ["--package", name]))
+        .args(["--target", host, "--profile", "dist"])
+        .env(flags, "-C target-feature=+crt-static");
     run(&mut build)?;
-    let profile = if debug { "debug" } else { "release" };
-    Ok(target().join(host).join(profile).join("ebb"))
+    Ok(target().join(host).join("dist"))
 }
 
-/// An archive that `ctr images import` and `docker load` take.
-fn image(dist: &Path) -> Result<PathBuf> {
+/// Builds an archive for `ctr images import` and `docker load`. With `shared`, the image also has the libraries that the
+/// binaries load.
+fn image(dist: &Path, shared: bool) -> Result<PathBuf> {
     let archive = dist.join("ebb-image.tar");
     let storage = dist.join("storage");
-    // It refuses to write over one.
+    // buildah refuses to overwrite an archive.
     for path in [&archive, &storage] {
         let gone = if path.is_dir() {
             fs::remove_dir_all(path)
@@ -93,10 +106,22 @@ fn image(dist: &Path) -> Result<PathBuf> {
     }
     let context = dist.join("context");
     fs::create_dir_all(&context)?;
-    fs::copy(dist.join("ebb"), context.join("ebb"))?;
+    let mut recipe = fs::read_to_string(root().join("deploy/Containerfile"))?;
+    for name in BINARIES {
+        fs::copy(dist.join(name), context.join(name))?;
+        if shared {
+            copy_libraries(&dist.join(name), &context.join("libraries"))?;
+        }
+    }
+    if shared {
+        recipe.push_str("COPY libraries /\n");
+    }
+    let file = context.join("Containerfile");
+    fs::write(&file, recipe)?;
     run(buildah(&storage)?
         .args(["build", "--quiet", "--isolation", "chroot", "--tag", IMAGE])
-        .args(["--file", "deploy/Containerfile"])
+        .arg("--file")
+        .arg(&file)
         .arg(&context))?;
     run(buildah(&storage)?
         .args(["push", "--quiet", IMAGE])
@@ -108,11 +133,31 @@ fn image(dist: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// buildah from the unpacked parts, with storage of its own and without overlays.
+/// Copies the shared libraries of a program, and the loader, to the same paths below `to`.
+fn copy_libraries(program: &Path, to: &Path) -> Result<()> {
+    let listed = output(command("ldd").arg(program))?;
+    // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, and the loader without an arrow.
+    let paths = listed.lines().filter_map(|line| {
+        let path = line.split_once(" => ").map_or(line, |(_, path)| path);
+        path.split_whitespace()
+            .next()
+            .filter(|path| path.starts_with('/'))
+    });
+    for path in paths {
+        let copy = to.join(path.trim_start_matches('/'));
+        if let Some(directory) = copy.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        fs::copy(path, &copy).with_context(|| format!("copying {path}"))?;
+    }
+    Ok(())
+}
+
+/// buildah from the unpacked packages, with its own storage and without overlayfs.
 fn buildah(storage: &Path) -> Result<Command> {
     let parts = target().join("ebb-parts");
     fs::create_dir_all(storage).with_context(|| format!("making {}", storage.display()))?;
-    // Nothing is pulled, so there is no signature to check. It won't start without a policy, though.
+    // buildah does not start without a signature policy. Nothing is pulled, so there is no signature to check.
     let policy = storage.join("policy.json");
     fs::write(&policy, r#"{"default": [{"type": "reject"}]}"#)
         .with_context(|| format!("writing {}", policy.display()))?;
@@ -131,7 +176,7 @@ fn buildah(storage: &Path) -> Result<Command> {
         .arg(storage.join("run"))
         .arg("--signature-policy")
         .arg(policy)
-        // Standard output belongs to the results of xtask's verbs.
+        // xtask's standard output is for results only.
         .stdout(std::io::stderr());
     Ok(buildah)
 }

@@ -1,12 +1,12 @@
-//! Every dependency comes from crates.io and under a licence that ebb may be shipped with. What `cargo deny
-//! check licenses sources` does, offline and without building another tool.
+//! Checks that every dependency comes from a registry and has an allowed licence, as `cargo deny check licenses sources`
+//! does, but offline and without another tool.
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::process::{cargo, command, output};
 
-/// SPDX ids that need nothing but a notice.
+/// SPDX ids of licences that require no more than a notice.
 const ALLOWED: &[&str] = &[
     "0BSD",
     "Apache-2.0",
@@ -24,9 +24,9 @@ const ALLOWED: &[&str] = &[
     "Zlib",
 ];
 
-/// Fails with a list of the packages that are not as they should be.
+/// Fails with a list of the packages that break a rule.
 pub(crate) fn check() -> Result<()> {
-    // What is compiled here. It has been downloaded by now, so this works without a network too.
+    // Only what is compiled on this platform. It is downloaded already, so this needs no network.
     let metadata = output(
         cargo()
             .args(["metadata", "--format-version=1", "--locked"])
@@ -46,7 +46,7 @@ pub(crate) fn check() -> Result<()> {
     )
 }
 
-/// The platform that is compiled for, such as `x86_64-unknown-linux-gnu`.
+/// The host platform, such as `x86_64-unknown-linux-gnu`.
 fn host() -> Result<String> {
     let version = output(command("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
@@ -64,8 +64,8 @@ fn problem(package: &Value) -> Option<String> {
     (!is_allowed(licence)).then(|| format!("{name}: licence {licence}"))
 }
 
-/// Whether an SPDX expression can be satisfied by [`ALLOWED`]: one side of each `OR`, both of each `AND`.
-/// Parentheses are opened to the outermost `AND`, which is how they are used.
+/// Whether [`ALLOWED`] satisfies an SPDX expression: one side of each `OR`, both sides of each `AND`. `AND` outside
+/// parentheses is split first.
 fn is_allowed(expression: &str) -> bool {
     let e = expression.trim();
     if let Some(parts) = split_outside(e, " AND ") {
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_side_of_an_or_and_both_sides_of_an_and_must_be_allowed() {
+    fn an_or_needs_one_allowed_side_and_an_and_both() {
         assert!(is_allowed("MIT OR GPL-3.0-only"));
         assert!(is_allowed("MIT/Apache-2.0"));
         assert!(is_allowed("(MIT OR Apache-2.0) AND Unicode-3.0"));
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_package_from_elsewhere_than_a_registry_is_named() {
+    fn a_package_that_is_not_from_a_registry_is_reported() {
         let package = serde_json::json!({"name": "x", "source": "git+https://x", "license": "MIT"});
         assert!(problem(&package).is_some_and(|p| p.contains("x: comes from git")));
         let own = serde_json::json!({"name": "x", "source": null, "license": null});

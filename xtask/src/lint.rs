@@ -1,4 +1,4 @@
-//! Format, clippy, licences.
+//! `cargo xtask lint`: format, clippy, licences.
 
 use anyhow::Result;
 
@@ -8,9 +8,9 @@ use crate::{
     setup,
 };
 
-/// Sets up, then checks; fails on the first check that does.
+/// Installs what is missing, then runs the checks. Stops at the first one that fails.
 pub(crate) fn check() -> Result<()> {
-    setup::ensure()?;
+    setup::ensure(setup::Needs::Demo)?;
     say("checking the format");
     run(cargo().args(["fmt", "--all", "--check"]))?;
     say("clippy, without warnings");

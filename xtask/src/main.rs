@@ -1,4 +1,4 @@
-//! `cargo xtask`: everything one does with this repository besides `cargo build`.
+//! `cargo xtask`: the repository's tasks besides `cargo build`.
 
 mod bench;
 mod demo;
@@ -9,6 +9,7 @@ mod preflight;
 mod process;
 mod setup;
 mod test;
+mod vmtest;
 
 use std::process::ExitCode;
 
@@ -22,33 +23,36 @@ use clap::{Parser, Subcommand};
     version,
     max_term_width = 100
 )]
-struct Arguments {
+struct XtaskArgs {
     #[command(subcommand)]
     verb: Verb,
 }
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Install what is missing to build and test ebb; say what before doing it.
+    /// Install what is missing to build and test ebb, naming it first.
     Setup,
     /// Show the main job on a real containerd: a pod stopped without ebb and with it.
-    Demo(demo::Options),
-    /// Measure what ebb costs, each figure beside its baseline of the same run.
-    Bench(bench::Options),
-    /// Pass all checks and tests. Takes test name filters.
-    Test(test::Options),
-    /// Build the static binary and the image around it.
-    Dist(dist::Options),
+    Demo(demo::DemoOptions),
+    /// Measure what ebb costs, each value beside its baseline of the same run.
+    Bench(bench::BenchOptions),
+    /// Run all checks and tests. Takes test name filters.
+    Test(test::TestOptions),
+    /// Run the tests that face the kernel on other kernels, in virtual machines. Takes test name filters.
+    Vmtest(vmtest::VmtestOptions),
+    /// Build the static binaries and the image with them.
+    Dist(dist::DistOptions),
     /// Check format, clippy and licences.
     Lint,
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().verb {
+    let result = match XtaskArgs::parse().verb {
         Verb::Setup => setup::for_tests::ensure(),
         Verb::Demo(options) => demo::demo(&options),
         Verb::Bench(options) => bench::bench(&options),
         Verb::Test(options) => test::test(&options),
+        Verb::Vmtest(options) => vmtest::vmtest(&options),
         Verb::Dist(options) => dist::dist(&options),
         Verb::Lint => lint::check(),
     };

@@ -1,10 +1,10 @@
-//! What this machine must have before anything is installed or run.
+//! Checks what the machine must have and xtask can't install.
 
 use std::{fmt, fs, path::Path, process::ExitCode};
 
 use anyhow::Result;
 
-/// Something that xtask can't install.
+/// A requirement that the machine does not meet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Missing {
     Root,
@@ -37,7 +37,7 @@ impl fmt::Display for Missing {
             ),
             Self::Kernel { release } => write!(
                 f,
-                "Linux {release} is too old: ebb needs 5.12 or later (socket storage and cookies in BPF tracing programs)"
+                "Linux {release} is too old: ebb needs Linux 5.15 or later"
             ),
             Self::Btf => f.write_str(
                 "no /sys/kernel/btf/vmlinux: ebb needs a kernel built with CONFIG_DEBUG_INFO_BTF=y",
@@ -51,9 +51,9 @@ impl fmt::Display for Missing {
 
 impl std::error::Error for Missing {}
 
-/// The first thing that is missing, as an error with an exit status of its own.
+/// Fails with the first unmet requirement. [`exit_code`] gives each its own status.
 pub(crate) fn check() -> Result<()> {
-    let found = Machine {
+    let found = MachineFacts {
         root: rustix::process::geteuid().is_root(),
         apt: Path::new("/usr/bin/apt-get").exists(),
         release: rustix::system::uname()
@@ -68,12 +68,12 @@ pub(crate) fn check() -> Result<()> {
         .map_or(Ok(()), |missing| Err(missing.into()))
 }
 
-/// The exit status for an error: 1 unless it says what is missing.
+/// The exit status for an error: 1 unless it is a [`Missing`].
 pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(error.downcast_ref::<Missing>().map_or(1, Missing::status))
 }
 
-struct Machine {
+struct MachineFacts {
     root: bool,
     apt: bool,
     release: String,
@@ -81,13 +81,13 @@ struct Machine {
     filesystems: String,
 }
 
-impl Machine {
+impl MachineFacts {
     fn missing(self) -> Option<Missing> {
         if !self.root {
             Some(Missing::Root)
         } else if !self.apt {
             Some(Missing::Debian)
-        } else if version(&self.release) < Some((5, 12)) {
+        } else if version(&self.release) < Some((5, 15)) {
             Some(Missing::Kernel {
                 release: self.release,
             })
@@ -102,7 +102,7 @@ impl Machine {
 }
 
 /// Major and minor number of a kernel release such as `6.1.0-18-amd64`.
-fn version(release: &str) -> Option<(u32, u32)> {
+pub(crate) fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
@@ -111,8 +111,8 @@ fn version(release: &str) -> Option<(u32, u32)> {
 mod tests {
     use super::*;
 
-    fn good() -> Machine {
-        Machine {
+    fn good() -> MachineFacts {
+        MachineFacts {
             root: true,
             apt: true,
             release: "6.1.0-18-amd64".into(),
@@ -127,25 +127,25 @@ mod tests {
     }
 
     #[test]
-    fn each_missing_thing_is_named_and_has_a_status_of_its_own() {
+    fn each_unmet_requirement_has_its_own_status() {
         let cases = [
-            Machine {
+            MachineFacts {
                 root: false,
                 ..good()
             },
-            Machine {
+            MachineFacts {
                 apt: false,
                 ..good()
             },
-            Machine {
+            MachineFacts {
                 release: "5.10.0-30-amd64".into(),
                 ..good()
             },
-            Machine {
+            MachineFacts {
                 btf: false,
                 ..good()
             },
-            Machine {
+            MachineFacts {
                 filesystems: "nodev\tcgroup\n".into(),
                 ..good()
             },
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn releases_compare_by_number() {
-        assert!(version("5.9.1") < version("5.12"));
+        assert!(version("5.9.1") < version("5.15"));
         assert_eq!(version("7.0-rc1"), Some((7, 0)));
         assert_eq!(version("x"), None);
     }

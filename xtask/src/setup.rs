@@ -1,9 +1,11 @@
-//! Installing what is missing: a compiler for the BPF programs, a linker for them, Debian's runtime parts.
+//! Installs what is missing: a compiler and a linker for the BPF programs, and Debian packages.
 //!
-//! Packages with a service in them (containerd, nginx, PostgreSQL, Redis) are unpacked below the target directory and not
-//! installed: nothing is started on this machine, and one's own containerd is not touched.
+//! Packages with a service (containerd, nginx, PostgreSQL, Redis) are unpacked below the target directory and not
+//! installed, so that no service starts and the machine's own containerd stays as it is.
 
 pub(crate) mod for_tests;
+pub(crate) mod kernels;
+mod suite;
 
 use std::{fs, path::Path};
 
@@ -14,11 +16,23 @@ use crate::{
     process::{cargo, command, root, run, say, succeeds, target},
 };
 
-/// bpf-linker's version; it must be built against the LLVM of the compiler it links for, or a later one.
+/// A Debian package, with its purpose or a file that it contains.
+type Package = (&'static str, &'static str);
+
+/// How much is needed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Needs {
+    /// What building ebb and the demo needs.
+    Demo,
+    /// What tests, benches and the image need as well.
+    All,
+}
+
+/// bpf-linker's version. It must be built against the LLVM of the BPF compiler or a later one.
 const BPF_LINKER: &str = "0.13.0";
 
-/// Debian packages to install, and what for.
-const PACKAGES: &[(&str, &str)] = &[
+/// Debian packages to install, with their purposes.
+const PACKAGES: &[Package] = &[
     ("gcc", "linking"),
     ("libc6-dev", "linking"),
     ("protobuf-compiler", "compiling the CRI's protocol"),
@@ -28,6 +42,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libpcre2-8-0", "nginx"),
     ("libssl3", "nginx"),
     ("zlib1g", "nginx"),
+];
+
+/// Packages to install that the demo does not need.
+const MORE_PACKAGES: &[Package] = &[
     ("libgssapi-krb5-2", "PostgreSQL"),
     ("libicu72", "PostgreSQL"),
     ("libldap-2.5-0", "PostgreSQL"),
@@ -43,17 +61,17 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libsystemd0", "PostgreSQL and Redis"),
 ];
 
-/// Debian's Rust compiler with sources of `core`, for a machine whose rustup can't have them.
-const BPF_RUST: &[(&str, &str)] = &[
+/// Debian's Rust compiler with sources of `core`, for a machine whose rustup has none.
+const BPF_RUST: &[Package] = &[
     ("rustc-web", "compiling the BPF programs"),
     ("cargo-web", "compiling the BPF programs"),
     ("rust-web-src", "compiling the BPF programs"),
 ];
 
-const LLVM: &[(&str, &str)] = &[("llvm-22-dev", "building bpf-linker")];
+const LLVM: &[Package] = &[("llvm-22-dev", "building bpf-linker")];
 
-/// Packages to unpack, with a file that each brings.
-const PARTS: &[(&str, &str)] = &[
+/// Packages to unpack, with a file of each.
+const PARTS: &[Package] = &[
     ("containerd", "usr/bin/containerd"),
     ("runc", "usr/sbin/runc"),
     ("containernetworking-plugins", "usr/lib/cni/bridge"),
@@ -63,11 +81,15 @@ const PARTS: &[(&str, &str)] = &[
     ("libxtables12", "usr/share/doc/libxtables12/copyright"),
     ("libip4tc2", "usr/share/doc/libip4tc2/copyright"),
     ("libip6tc2", "usr/share/doc/libip6tc2/copyright"),
+];
+
+/// Packages to unpack that the demo does not need.
+const MORE_PARTS: &[Package] = &[
     ("postgresql-15", "usr/lib/postgresql/15/bin/postgres"),
-    // The server is another name of a program in the tools.
+    // redis-server is a link to a program in redis-tools.
     ("redis-tools", "usr/bin/redis-check-rdb"),
     ("redis-server", "usr/bin/redis-server"),
-    // To check the units with, and to start the proxy as they would; nothing of it runs as a service.
+    // Tests verify the units with it and start the proxy as a unit would. None of its services runs.
     ("systemd", "usr/bin/systemd-analyze"),
     (
         "libsystemd-shared",
@@ -79,16 +101,62 @@ const PARTS: &[(&str, &str)] = &[
     ("libassuan0", "usr/share/doc/libassuan0"),
     ("libgpgme11", "usr/share/doc/libgpgme11"),
     ("libsubid4", "usr/share/doc/libsubid4"),
+    // The programs of a guest that boots another kernel.
+    ("busybox-static", "bin/busybox"),
+    // 19 MB, of which tests use promtool.
+    ("prometheus", "usr/bin/promtool"),
     ("wrk", "usr/bin/wrk"),
     ("libluajit-5.1-2", "usr/share/doc/libluajit-5.1-2/copyright"),
+    // Inits, runtimes and servers whose stops `ebb doctor` foretells.
+    ("tini", "usr/bin/tini"),
+    ("dumb-init", "usr/bin/dumb-init"),
+    ("catatonit", "usr/bin/catatonit"),
+    ("s6", "usr/bin/s6-svscan"),
+    ("libs6-2.11", "usr/share/doc/libs6-2.11/copyright"),
+    ("libexecline2.9", "usr/share/doc/libexecline2.9/copyright"),
+    ("libskarnet2.13", "usr/share/doc/libskarnet2.13/copyright"),
+    // A machine may have a nodejs that is not Debian's.
+    ("nodejs/bookworm", "usr/bin/node"),
+    ("libnode108", "usr/share/doc/libnode108/copyright"),
+    ("libuv1", "usr/share/doc/libuv1/copyright"),
+    ("libc-ares2", "usr/share/doc/libc-ares2/copyright"),
+    ("libbrotli1", "usr/share/doc/libbrotli1/copyright"),
+    ("libnghttp2-14", "usr/share/doc/libnghttp2-14/copyright"),
+    ("php8.2-fpm", "usr/sbin/php-fpm8.2"),
+    ("libargon2-1", "usr/share/doc/libargon2-1/copyright"),
+    ("libsodium23", "usr/share/doc/libsodium23/copyright"),
+    ("apache2-bin", "usr/sbin/apache2"),
+    ("libapr1", "usr/share/doc/libapr1/copyright"),
+    ("libaprutil1", "usr/share/doc/libaprutil1/copyright"),
+    ("haproxy", "usr/sbin/haproxy"),
+    ("liblua5.3-0", "usr/share/doc/liblua5.3-0/copyright"),
+    (
+        "libopentracing-c-wrapper0",
+        "usr/share/doc/libopentracing-c-wrapper0/copyright",
+    ),
+    ("libopentracing1", "usr/share/doc/libopentracing1/copyright"),
+    ("uwsgi-core", "usr/bin/uwsgi-core"),
+    (
+        "uwsgi-plugin-python3",
+        "usr/lib/uwsgi/plugins/python311_plugin.so",
+    ),
+    ("libpython3.11", "usr/share/doc/libpython3.11/copyright"),
+    ("libpcre3", "usr/share/doc/libpcre3/copyright"),
+    ("libyajl2", "usr/share/doc/libyajl2/copyright"),
+    ("libyaml-0-2", "usr/share/doc/libyaml-0-2/copyright"),
 ];
 
-/// Installs what is missing, naming it first. Does nothing, fast, where nothing is.
-pub(crate) fn ensure() -> Result<()> {
+/// Installs what is missing, naming it first. Returns fast if nothing is missing.
+pub(crate) fn ensure(needs: Needs) -> Result<()> {
     preflight::check()?;
     let nightly = has_core_sources("nightly");
     let linker = has_linker();
     let mut packages: Vec<_> = PACKAGES.iter().collect();
+    let mut parts: Vec<_> = PARTS.iter().collect();
+    if needs == Needs::All {
+        packages.extend(MORE_PACKAGES);
+        parts.extend(MORE_PARTS);
+    }
     if !nightly {
         packages.extend(BPF_RUST);
     }
@@ -103,10 +171,10 @@ pub(crate) fn ensure() -> Result<()> {
     if !linker {
         install_linker()?;
     }
-    unpack_parts()
+    unpack(&parts)
 }
 
-/// Whether a rustup toolchain exists and has the sources of `core`. The same question as in ebpf/build.
+/// Whether a rustup toolchain exists and has the sources of `core`. ebpf/build checks the same.
 fn has_core_sources(toolchain: &str) -> bool {
     let sysroot = command("rustup")
         .args(["run", toolchain, "rustc", "--print", "sysroot"])
@@ -138,12 +206,12 @@ fn install_linker() -> Result<()> {
         .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked"])
         .args(["--no-default-features", "--features", "llvm-22"])
         .env("PATH", format!("/usr/lib/llvm-22/bin:{path}"))
-        // Not in this workspace, whose settings are not bpf-linker's.
+        // Outside this workspace, whose cargo configuration must not apply.
         .current_dir("/"))
 }
 
-fn install(wanted: &[&(&str, &str)]) -> Result<()> {
-    // Fails if one is unknown, and lists those that are known all the same.
+fn install(wanted: &[&Package]) -> Result<()> {
+    // dpkg-query fails if it does not know a package, but lists the others.
     let known = command("dpkg-query")
         .args(["--show", "--showformat=${Package} ${db:Status-Status}\n"])
         .args(wanted.iter().map(|(package, _)| package))
@@ -171,9 +239,9 @@ fn install(wanted: &[&(&str, &str)]) -> Result<()> {
         .args(missing.iter().map(|(package, _)| package)))
 }
 
-fn unpack_parts() -> Result<()> {
+fn unpack(wanted: &[&Package]) -> Result<()> {
     let parts = target().join("ebb-parts");
-    let missing: Vec<_> = PARTS
+    let missing: Vec<_> = wanted
         .iter()
         .filter(|(_, file)| !parts.join(file).exists())
         .map(|(package, _)| *package)
@@ -189,7 +257,7 @@ fn unpack_parts() -> Result<()> {
     let downloads = parts.join("downloads");
     fs::create_dir_all(&downloads).with_context(|| format!("making {}", downloads.display()))?;
     apt_update()?;
-    // As root, apt drops to the user `_apt`, who may not write here; the packages are still verified.
+    // As root, apt drops to the user `_apt`, which may not write here. It still verifies the packages.
     run(apt_get()
         .args(["-o", "APT::Sandbox::User=root", "download"])
         .args(&missing)
@@ -211,7 +279,7 @@ fn apt_get() -> std::process::Command {
     let mut apt = command("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive")
         .args(["--quiet", "--quiet"])
-        // Standard output belongs to the results of xtask's verbs.
+        // xtask's standard output is for results only.
         .stdout(std::io::stderr());
     apt
 }

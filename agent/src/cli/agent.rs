@@ -2,34 +2,40 @@
 
 use std::{
     net::{Ipv6Addr, SocketAddr},
-    ops::RangeInclusive,
     path::{Component, Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
+use ebb_core::{
+    format::duration_within as within,
+    policy::{self, DEFAULT_MAX_HOLD, DrainMode, IdleFlows, Policy, Until},
+    socket_path,
+};
+use ebb_protocol::service::{log::LogFormat, stop_on_signal};
+use rustix::system::uname;
 
 use crate::{
-    cleanup,
-    drain::policy::{self, IdleFlows, Policy, Until},
+    app::{
+        cleanup,
+        start::{self, AgentConfig},
+    },
     pods::kube::KubeMode,
-    start::{self, Config},
 };
 
 #[derive(Args)]
-pub(super) struct Flags {
-    /// The container runtime's CRI socket (its own, not `ebb cri-proxy`'s).
+pub(super) struct AgentFlags {
+    /// The container runtime's CRI socket (its own, not `ebb-cri-proxy`'s).
     #[arg(
         long,
         env = "EBB_CRI_SOCKET",
         default_value = "/run/containerd/containerd.sock",
-        value_name = "SOCKET"
+        value_name = "SOCKET",
+        value_parser = socket_path::parse
     )]
     cri_socket: PathBuf,
-    /// Where to keep the agent's socket, lock and journal.
+    /// The directory of the agent's socket, lock and journal.
     #[arg(
         long,
         env = "EBB_RUN_DIR",
@@ -37,7 +43,7 @@ pub(super) struct Flags {
         value_name = "DIR"
     )]
     run_dir: PathBuf,
-    /// Where to serve the wait endpoint, health and metrics. May be given more than once.
+    /// The address to serve the wait endpoint, health and metrics on. Can be repeated.
     #[arg(
         long,
         env = "EBB_HTTP",
@@ -55,10 +61,10 @@ pub(super) struct Flags {
         value_name = "DIR"
     )]
     cgroup_root: PathBuf,
-    /// The cgroup that the kubelet dials from, as a path in cgroup v2. Without, cgroups called kubelet.service or
-    /// kubelet are looked for. Everything dialled from there counts as a probe and holds nothing, so one that
-    /// the kubelet shares with other things (/system.slice/k3s.service) costs: what those send to pods directly,
-    /// an ingress run by the same service, say, is not waited for.
+    /// The kubelet's cgroup, as a path in cgroup v2. Without this flag, ebb searches for a cgroup named
+    /// kubelet.service or kubelet. ebb takes every connection from this cgroup for a probe and does not wait
+    /// for it. If the kubelet shares its cgroup with other processes (/system.slice/k3s.service), ebb does not
+    /// wait for their connections to pods either: those of an ingress in the same service, for example.
     #[arg(
         long,
         env = "EBB_KUBELET_CGROUP",
@@ -69,24 +75,45 @@ pub(super) struct Flags {
     /// Whether to watch pods at the API server.
     #[arg(long, env = "EBB_KUBE", value_enum, default_value_t)]
     kube: KubeMode,
-    /// This node's name in the cluster (spec.nodeName).
+    /// This node's name in the cluster (spec.nodeName). Without this flag, the host name.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
-    /// Hold the stop of a container also when nobody can tell whether its pod is terminating or the
-    /// container is only being restarted. For nodes without an API server. It costs: a container that fails
-    /// its liveness probe keeps failing for as long as its connections last, up to the deadline.
+    /// The socket of the node's system bus, on which systemd-logind says that the node is shutting down. Empty: do not ask.
+    #[arg(
+        long,
+        env = "EBB_DBUS_SOCKET",
+        default_value = "/proc/1/root/run/dbus/system_bus_socket",
+        value_name = "PATH"
+    )]
+    dbus_socket: PathBuf,
+    /// Hold the stop of a container also when ebb cannot tell whether its pod is terminating or the container
+    /// is only being restarted. For nodes without an API server. The price: a container that fails its
+    /// liveness probe is not restarted until its connections are gone or the deadline passes.
     #[arg(long, env = "EBB_HOLD_UNKNOWN")]
     hold_unknown: bool,
-    /// Let a pod whose policy names a max-hold longer than its grace period be held for that long, up to what
-    /// the kubelet waits for an answer (the grace period and 2 minutes). It costs: a pod may take longer to
-    /// end than its terminationGracePeriodSeconds says.
+    /// Hold a pod for its whole max-hold if that is longer than its grace period, but no longer than the kubelet
+    /// waits for an answer (the grace period and 2 minutes). The price: a pod may take longer to end than its
+    /// terminationGracePeriodSeconds says.
     #[arg(long, env = "EBB_EXTEND")]
     extend: bool,
-    /// Log what the BPF programs have to say (rare).
+    /// How to write the log: auto (text, with colours on a terminal), text, or json (one object per line). The
+    /// environment variable EBB_LOG sets the level: info, debug, or a list such as warn,h2=debug.
+    #[arg(
+        long,
+        env = "EBB_LOG_FORMAT",
+        default_value = "auto",
+        value_name = "FORMAT"
+    )]
+    pub(super) log_format: LogFormat,
+    /// Send a span of each drain to the OpenTelemetry collector at this address, by OTLP over gRPC without TLS, such as
+    /// http://127.0.0.1:4317. Without this flag, nothing is sent.
+    #[arg(long, env = "EBB_OTLP_ENDPOINT", value_name = "URL", value_parser = otlp_endpoint)]
+    otlp_endpoint: Option<String>,
+    /// Log the messages of the BPF programs (rare).
     #[arg(long, env = "EBB_BPF_LOG")]
     bpf_log: bool,
-    /// Do not start: remove what an agent that was killed has left in its run directory, and say whether BPF
-    /// programs of ebb are loaded. Refused while an agent runs there.
+    /// Do not start the agent: remove what a killed agent has left in its run directory, and print whether BPF
+    /// programs of ebb are loaded. Fails while an agent uses that directory.
     #[arg(long)]
     cleanup: bool,
     #[command(flatten)]
@@ -97,6 +124,10 @@ pub(super) struct Flags {
 #[derive(Args)]
 #[command(next_help_heading = "Policy of pods that have no ebb.dev/ annotations")]
 struct PolicyFlags {
+    /// Whether the stops of pods are held: on, off, or observe (forward each stop at once, and report how long it would
+    /// have been held and what it cut). The annotation ebb.dev/drain of a pod or of its namespace overrides it.
+    #[arg(long, env = "EBB_DRAIN", default_value = "on", value_name = "MODE")]
+    drain: DrainMode,
     /// What to wait for: zero (no inbound connection is left), idle (none in the middle of something) or
     /// settled (no new ones arrive).
     #[arg(long, env = "EBB_UNTIL", default_value = "zero", value_name = "WHAT")]
@@ -109,42 +140,31 @@ struct PolicyFlags {
         value_name = "WHAT"
     )]
     idle_flows: IdleFlows,
-    /// The settle phase ends when no new connection has arrived for this long …
-    #[arg(long, env = "EBB_QUIET", default_value = "3s", value_parser = within(policy::QUIET), value_name = "DURATION")]
-    quiet: Duration,
-    /// … or after this long in any case.
-    #[arg(long, env = "EBB_SETTLE_MAX", default_value = "15s", value_parser = within(SETTLE_MAX), value_name = "DURATION")]
+    /// The settle phase ends when no new connection has arrived for this long. Without this flag, ebb decides how long by
+    /// how often clients connect to the pod, and uses 3s where it does not know that.
+    #[arg(long, env = "EBB_QUIET", value_parser = within(policy::QUIET), value_name = "DURATION")]
+    quiet: Option<Duration>,
+    /// The settle phase lasts at least this long …
+    #[arg(long, env = "EBB_SETTLE_MIN", default_value = "0s", value_parser = within(policy::SETTLE), value_name = "DURATION")]
+    settle_min: Duration,
+    /// … and at most this long.
+    #[arg(long, env = "EBB_SETTLE_MAX", default_value = "15s", value_parser = within(policy::SETTLE), value_name = "DURATION")]
     settle_max: Duration,
     /// A connection without bytes for this long may be idle.
     #[arg(long, env = "EBB_IDLE_AFTER", default_value = "5s", value_parser = within(policy::IDLE_AFTER), value_name = "DURATION")]
     idle_after: Duration,
-    /// What to leave of the grace period for the application's own shutdown; never more than a third of it.
+    /// A connection whose peer has not answered retransmissions for this long is lost: ebb does not wait for it.
+    #[arg(long, env = "EBB_PEER_TIMEOUT", default_value = "20s", value_parser = within(policy::PEER_TIMEOUT), value_name = "DURATION")]
+    peer_timeout: Duration,
+    /// The part of the grace period to leave for the application's own shutdown; never more than a third of it.
     #[arg(long, env = "EBB_RESERVE", default_value = "5s", value_parser = within(policy::RESERVE), value_name = "DURATION")]
     reserve: Duration,
-    /// The longest hold, where the grace period allows as much.
-    #[arg(long, env = "EBB_MAX_HOLD", value_parser = within(policy::MAX_HOLD), value_name = "DURATION")]
-    max_hold: Option<Duration>,
+    /// The longest hold, if the grace period allows it.
+    #[arg(long, env = "EBB_MAX_HOLD", default_value = "1h", value_parser = within(policy::MAX_HOLD), value_name = "DURATION")]
+    max_hold: Duration,
 }
 
-/// What the longest settle phase may be. No grace period is longer than a day.
-const SETTLE_MAX: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(24 * 60 * 60);
-
-/// Reads durations of this range, which is that of the annotation of the same name.
-pub(super) fn within(
-    range: RangeInclusive<Duration>,
-) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync {
-    move |text| {
-        let d = humantime::parse_duration(text)
-            .map_err(|e| format!("{e}; write a number and a unit, such as 30s or 1m30s"))?;
-        if range.contains(&d) {
-            return Ok(d);
-        }
-        let [least, most] = [range.start(), range.end()].map(|d| humantime::format_duration(*d));
-        Err(format!("not between {least} and {most}"))
-    }
-}
-
-/// Reads a path that stays below the root of cgroup v2, and is not the root itself, which everybody is in.
+/// Parses the path of a cgroup below the root of cgroup v2. The root itself is refused: every process is in it.
 fn cgroup_path(text: &str) -> Result<PathBuf, String> {
     let path = Path::new(text.strip_prefix('/').unwrap_or(text));
     let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
@@ -154,8 +174,8 @@ fn cgroup_path(text: &str) -> Result<PathBuf, String> {
     Err("not the path of a cgroup below the root; write it as in /proc/PID/cgroup, such as /system.slice/k3s.service".into())
 }
 
-/// An address with a port. That of IPv6 may come without brackets, as `$(NODE_IP):9690` becomes on a node that has no
-/// other; what is behind the last colon is the port.
+/// Parses an address with a port. An IPv6 address needs no brackets, because `$(NODE_IP):9690` has none on an IPv6-only
+/// node. The port follows the last colon.
 fn address(text: &str) -> Result<SocketAddr, String> {
     let unbracketed = || {
         let (ip, port) = text.rsplit_once(':')?;
@@ -166,38 +186,66 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     address.ok_or_else(|| "not an address with a port, such as 192.0.2.10:9690".into())
 }
 
-pub(super) async fn run(flags: Flags) -> Result<()> {
+/// Checks the address of a collector.
+fn otlp_endpoint(text: &str) -> Result<String, String> {
+    let uri: Result<http::Uri, _> = text.parse();
+    let is_http = |uri: &http::Uri| uri.scheme_str() == Some("http") && uri.host().is_some();
+    match uri {
+        Ok(uri) if is_http(&uri) => Ok(text.to_owned()),
+        _ => Err("not the address of a collector, such as http://127.0.0.1:4317".into()),
+    }
+}
+
+/// The name that the kubelet takes without `--hostname-override` (`GetHostname` in
+/// `pkg/util/node/node.go`): the host name in lower case.
+fn host_name() -> Option<String> {
+    let system = uname();
+    let name = system.nodename().to_str().ok()?.trim().to_lowercase();
+    (!name.is_empty()).then_some(name)
+}
+
+pub(super) async fn run(flags: AgentFlags) -> Result<()> {
     if flags.cleanup {
         for line in cleanup::cleanup(&flags.run_dir)? {
             println!("{line}");
         }
         return Ok(());
     }
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal().context("listening for signals")?;
     let p = flags.policy;
-    let config = Config {
+    let config = AgentConfig {
         cri_socket: flags.cri_socket,
         run_dir: flags.run_dir,
         http: flags.http,
         cgroup_root: flags.cgroup_root,
         kubelet_cgroup: flags.kubelet_cgroup,
         kube: flags.kube,
-        node_name: flags.node_name,
+        dbus_socket: Some(flags.dbus_socket).filter(|path| !path.as_os_str().is_empty()),
+        node_name: flags
+            .node_name
+            .filter(|name| !name.is_empty())
+            .or_else(host_name),
         hold_unknown: flags.hold_unknown,
         bpf_log: flags.bpf_log,
+        otlp_endpoint: flags.otlp_endpoint,
         policy: Policy {
+            drain: p.drain,
             until: p.until,
             idle_flows: p.idle_flows,
-            quiet: p.quiet,
+            quiet: p.quiet.unwrap_or(Policy::default().quiet),
+            quiet_is_set: p.quiet.is_some(),
+            settle_min: p.settle_min,
             settle_max: p.settle_max,
             idle_after: p.idle_after,
+            peer_timeout: p.peer_timeout,
             reserve: p.reserve,
-            max_hold: p.max_hold,
+            // The default must not make `extend` extend all holds.
+            max_hold: Some(p.max_hold).filter(|max| *max != DEFAULT_MAX_HOLD),
             extend: flags.extend,
             ..Policy::default()
         },
     };
-    // A runtime that is slow to answer must not keep the agent from being stopped.
+    // A stop does not wait for a container runtime that is slow to answer.
     let running = tokio::select! {
         started = start::start(config) => started?,
         () = stop.cancelled() => return Ok(()),
@@ -206,33 +254,17 @@ pub(super) async fn run(flags: Flags) -> Result<()> {
     Ok(())
 }
 
-/// A token that SIGTERM and SIGINT cancel.
-pub(super) fn stop_on_signal() -> Result<CancellationToken> {
-    let stop = CancellationToken::new();
-    let cancel = stop.clone();
-    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        cancel.cancel();
-    });
-    Ok(stop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_address_of_a_node_that_has_only_ipv6_needs_no_brackets() {
+    fn an_ipv6_address_needs_no_brackets() {
         let v6 = Ok("[2001:db8::10]:9690".parse().unwrap());
         assert_eq!(address("2001:db8::10:9690"), v6);
         assert_eq!(address("[2001:db8::10]:9690"), v6);
         assert_eq!(address("192.0.2.10:1"), Ok("192.0.2.10:1".parse().unwrap()));
-        // Written out, the port is one more group than there are.
+        // A full address has eight groups, so the port is the ninth.
         let full = "2001:db8:1:2:3:4:5:6";
         assert!(address(full).is_err() && address(&format!("{full}:80")).is_ok());
         for bad in [
@@ -248,7 +280,22 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_is_named_by_a_path_below_the_root_and_never_by_the_root() {
+    fn a_collector_has_an_http_address() {
+        let good = "http://[::1]:4317";
+        assert_eq!(otlp_endpoint(good).as_deref(), Ok(good));
+        for bad in [
+            "",
+            "127.0.0.1:4317",
+            "https://collector:4317",
+            "http://",
+            "/run/x.sock",
+        ] {
+            assert!(otlp_endpoint(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_kubelets_cgroup_is_below_the_root() {
         let k3s = Ok("/system.slice/k3s.service".into());
         assert_eq!(cgroup_path("/system.slice/k3s.service"), k3s);
         assert_eq!(cgroup_path("system.slice/k3s.service"), k3s);

@@ -1,22 +1,25 @@
 //! `ebb explain`.
 
+mod text;
+
 use anyhow::Result;
 use clap::Args;
+use ebb_protocol::views::Explanation;
 
+pub(super) use self::text::{released, text};
 use super::ViewFlags;
-use crate::report::{explain, view::Explanation};
 
 #[derive(Args)]
-pub(super) struct Flags {
-    /// The pod: its name, NAMESPACE/NAME or UID. One that is gone by its whole name.
-    pod: String,
+pub(super) struct ExplainFlags {
+    /// The pod: its name, NAMESPACE/NAME or UID. A pod that is gone is found only by its whole name or UID.
+    pub(super) pod: String,
     #[command(flatten)]
     view: ViewFlags,
 }
 
-pub(super) async fn run(flags: &Flags) -> Result<()> {
+pub(super) async fn run(flags: &ExplainFlags) -> Result<()> {
     let query = serde_urlencoded::to_string([("pod", &flags.pod)])?;
     let path = format!("/v1/explain?{query}");
     let explanation: Explanation = flags.view.agent.client().get_json(&path).await?;
-    flags.view.print(&explanation, explain::text)
+    flags.view.print(&explanation)
 }

@@ -1,61 +1,87 @@
 //! The command line: one file per verb.
 
+mod advise;
 mod agent;
-mod audit;
-mod cri_proxy;
+mod completion;
 mod doctor;
+mod drain;
 mod drains;
+pub mod exit;
 mod explain;
 mod flows;
+mod follow;
 mod install_cri;
+pub mod kubectl;
+mod man;
+mod output;
 mod pods;
 mod release;
 mod top;
 mod uninstall_cri;
+mod version;
+mod wait;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::Serialize;
+use clap::{Args, Parser, Subcommand};
+use ebb_core::socket_path;
+use ebb_protocol::{client::AgentClient, service::log::LogFormat};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::{api::client::AgentClient, exit};
+use self::output::{ViewFlags, print};
 
-/// Lets Kubernetes pods end without cutting anybody off.
+/// Lets Kubernetes pods end without cutting off their clients.
 #[derive(Parser)]
-#[command(name = "ebb", version, max_term_width = 100, after_help = exit::HELP)]
+#[command(name = "ebb", version, max_term_width = 100, args_override_self = true, after_help = exit::HELP)]
 pub struct Cli {
     #[command(subcommand)]
-    verb: Verb,
+    verb: CliVerb,
 }
 
 #[derive(Subcommand)]
-enum Verb {
-    /// Track the connections of this node's pods and decide about holds.
-    Agent(agent::Flags),
-    /// Stand between the kubelet and the container runtime, and hold the stop of pods.
-    CriProxy(cri_proxy::Flags),
+enum CliVerb {
+    /// Run the agent: track the connections of this node's pods and decide about holds.
+    Agent(agent::AgentFlags),
     /// List this node's pods and how many connections each has.
-    Pods(ViewFlags),
+    #[command(after_help = pods::LEGEND)]
+    Pods(pods::PodsFlags),
     /// List connections.
-    Flows(flows::Flags),
-    /// Show the busiest pods, again and again.
-    Top(top::Flags),
-    /// List drains, under way and over, with their reports.
-    Drains(ViewFlags),
-    /// Compare the counters with the kernel's own tables, and correct them.
-    Audit(audit::Flags),
+    #[command(after_help = flows::LEGEND)]
+    Flows(flows::FlowsFlags),
+    /// Show the busiest pods, their connections and drains, and refresh until q or Ctrl-C.
+    #[command(after_help = top::LEGEND)]
+    Top(top::TopFlags),
+    /// List the drains under way and the last ones that ended, with their reports.
+    #[command(after_help = drains::LEGEND)]
+    Drains(drains::DrainsFlags),
+    /// Show what would hold a pod if it were deleted now.
+    Drain(drain::DrainFlags),
+    /// Wait until a pod has drained, and print the report of its drain. Exit status 13: it has not.
+    ///
+    /// The drain begins with the wait, as with a preStop hook. If the API server says that the pod is not being deleted, the
+    /// wait ends soon, and nothing is closed or cut. Delete the pod first, or run `kubectl delete --wait=false`.
+    Wait(wait::WaitFlags),
+    /// Advise on grace periods and annotations, from the drains that the agent remembers.
+    #[command(after_help = advise::LEGEND)]
+    Advise(advise::AdviseFlags),
     /// Release a pod's holds now.
-    Release(release::Flags),
-    /// Say why the stops of a pod were held or not, and what its policy is.
-    Explain(explain::Flags),
-    /// Check whether this node is able, and whether a pod is going to lose requests anyway.
-    Doctor(doctor::Flags),
+    Release(release::ReleaseFlags),
+    /// Explain why the stops of a pod were held or not, and what its policy is.
+    Explain(explain::ExplainFlags),
+    /// Check whether ebb works on this node, or whether a pod would lose requests in spite of ebb.
+    #[command(after_help = doctor::LEGEND)]
+    Doctor(doctor::DoctorFlags),
     /// Install the CRI proxy on this host.
-    InstallCri(install_cri::Flags),
+    InstallCri(install_cri::InstallCriFlags),
     /// Undo what install-cri did.
-    UninstallCri(uninstall_cri::Flags),
+    UninstallCri(uninstall_cri::UninstallCriFlags),
+    /// Print the versions of this program, the agent and the running CRI proxies.
+    Version(ViewFlags),
+    /// Print the completion of commands and flags for a shell, as in `source <(ebb completion bash)`.
+    Completion(completion::CompletionFlags),
+    /// Print the manual page of ebb, as in `ebb man | man -l -`.
+    Man(man::ManFlags),
 }
 
 impl Cli {
@@ -63,104 +89,65 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// Any; [`exit::code`] tells them apart.
+    /// [`exit::code`] gives the exit status of each.
     pub async fn run(self) -> Result<()> {
         match self.verb {
-            Verb::Agent(flags) => agent::run(flags).await,
-            Verb::CriProxy(flags) => cri_proxy::run(flags).await,
-            Verb::Pods(flags) => pods::run(&flags).await,
-            Verb::Flows(flags) => flows::run(&flags).await,
-            Verb::Top(flags) => top::run(&flags).await,
-            Verb::Drains(flags) => drains::run(&flags).await,
-            Verb::Audit(flags) => audit::run(&flags).await,
-            Verb::Release(flags) => release::run(&flags).await,
-            Verb::Explain(flags) => explain::run(&flags).await,
-            Verb::Doctor(flags) => doctor::run(&flags).await,
-            Verb::InstallCri(flags) => install_cri::run(&flags).await,
-            Verb::UninstallCri(flags) => uninstall_cri::run(&flags),
+            CliVerb::Agent(flags) => agent::run(flags).await,
+            CliVerb::Pods(flags) => pods::run(&flags).await,
+            CliVerb::Flows(flags) => flows::run(&flags).await,
+            CliVerb::Top(flags) => top::run(&flags).await,
+            CliVerb::Drains(flags) => drains::run(&flags).await,
+            CliVerb::Drain(flags) => drain::run(&flags).await,
+            CliVerb::Wait(flags) => wait::run(&flags).await,
+            CliVerb::Advise(flags) => advise::run(&flags).await,
+            CliVerb::Release(flags) => release::run(&flags).await,
+            CliVerb::Explain(flags) => explain::run(&flags).await,
+            CliVerb::Doctor(flags) => doctor::run(&flags).await,
+            CliVerb::InstallCri(flags) => install_cri::run(&flags).await,
+            CliVerb::UninstallCri(flags) => uninstall_cri::run(&flags),
+            CliVerb::Version(flags) => version::run(&flags).await,
+            CliVerb::Completion(flags) => completion::run(&flags),
+            CliVerb::Man(flags) => man::run(&flags),
         }
     }
 
-    /// The runtime for this verb. Two threads are plenty for what an agent does, and little for a node to give. The
-    /// proxy has one: a call goes through half a dozen tasks that have little to do, and waking another thread for
-    /// each costs more than all of them do. Nothing in it may block, not even the log ([`crate::log`]).
+    /// The async runtime. Two threads are enough for the agent, and cheap for the node.
     ///
     /// # Errors
-    /// If the system has no thread to give, or no event queue.
-    pub fn runtime(&self) -> std::io::Result<Runtime> {
-        match self.verb {
-            Verb::CriProxy(_) => Builder::new_current_thread().enable_all().build(),
-            _ => Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build(),
-        }
+    ///
+    /// The system can't create a thread or an event queue.
+    pub fn runtime() -> std::io::Result<Runtime> {
+        Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
     }
 
-    /// Whether this is a service, with a log, or a question, with an answer.
-    pub const fn is_service(&self) -> bool {
-        matches!(self.verb, Verb::Agent(_) | Verb::CriProxy(_))
+    /// How the agent writes its log. `None` for the other verbs, which only print.
+    pub const fn log_format(&self) -> Option<LogFormat> {
+        match &self.verb {
+            CliVerb::Agent(flags) => Some(flags.log_format),
+            _ => None,
+        }
     }
 }
 
-/// Where the agent is.
+/// How to reach the agent.
 #[derive(Args)]
-struct AgentFlags {
+struct ConnectFlags {
     /// The agent's unix socket.
     #[arg(
         long = "agent",
         env = "EBB_AGENT",
         default_value = "/run/ebb/agent.sock",
-        value_name = "SOCKET"
+        value_name = "SOCKET",
+        value_parser = socket_path::parse
     )]
     socket: PathBuf,
 }
 
-impl AgentFlags {
+impl ConnectFlags {
     fn client(&self) -> AgentClient {
         AgentClient::new(&self.socket)
-    }
-}
-
-/// Flags of all verbs that show something.
-#[derive(Args)]
-struct ViewFlags {
-    #[command(flatten)]
-    agent: AgentFlags,
-    /// How to print it.
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
-}
-
-#[derive(Clone, Copy, Default, ValueEnum)]
-enum Output {
-    /// Aligned columns, for people.
-    #[default]
-    Table,
-    /// One JSON document, for programs (schema ebb.dev/v1).
-    Json,
-}
-
-impl ViewFlags {
-    /// Prints `document` in the wanted form.
-    fn print<T: Serialize>(&self, document: &T, table: impl FnOnce(&T) -> String) -> Result<()> {
-        match self.output {
-            Output::Table => print(&table(document)),
-            Output::Json => print_json(document),
-        }
-    }
-}
-
-fn print_json<T: Serialize>(document: &T) -> Result<()> {
-    print(&(serde_json::to_string_pretty(document)? + "\n"))
-}
-
-/// Writes to standard output.
-fn print(text: &str) -> Result<()> {
-    use std::io::Write as _;
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // The reader (`head`, a pager) has seen enough.
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
     }
 }

@@ -1,6 +1,22 @@
 //! `ebb top`.
+//!
+//! [`state`] says what is shown and how a key changes it, [`rows`] which rows that are, [`cells`] and [`details`] what
+//! they contain. These are pure. [`draw`] draws them, [`interactive`] reads keys and asks the agent, [`screen`] is the
+//! terminal. Without a terminal, [`frame`] is printed instead.
+
+mod cells;
+mod details;
+mod draw;
+mod frame;
+mod interactive;
+mod rows;
+mod screen;
+mod state;
+#[cfg(test)]
+mod testing;
 
 use std::{
+    env,
     io::{self, IsTerminal as _, Write as _},
     num::NonZeroU32,
     ops::RangeInclusive,
@@ -9,53 +25,101 @@ use std::{
 
 use anyhow::Result;
 use clap::Args;
-use rustix::termios::tcgetwinsize;
+use ebb_core::format::{duration_within as within, one_line};
+use ebb_protocol::{
+    client::{AgentClient, AgentError},
+    service::stop_on_signal,
+    views::{DrainList, PodList},
+};
 use tokio::time::sleep;
 
-use super::{
-    AgentFlags,
-    agent::{stop_on_signal, within},
-};
-use crate::{
-    api::client::{AgentClient, AgentError},
-    report::{
-        text::one_line,
-        top::{Size, picture},
-        view::{DrainList, PodList},
-    },
-};
+use self::frame::frame;
+use super::ConnectFlags;
 
 const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
 
+macro_rules! keys {
+    () => {
+        "  up, down, j, k   select a row; also page up, page down, home, end
+  enter, right, l  open it: pod, its flows, one flow, the pod's drain
+  esc, left, h     go back; esc also clears the filter
+  /                show only rows with these words (names, labels, peers)
+  s, r             sort by the next column; reverse the order
+  e                hide or show pods without flows
+  o                show or hide flows that the pod dialled
+  d, D             the last drain of the pod; all drains of the node
+  ?, q             help; quit"
+    };
+}
+
+/// The keys, for the help inside `ebb top`.
+const KEYS: &str = keys!();
+
+/// The legend of the lists, and the keys.
+pub(super) const LEGEND: &str = concat!(
+    "\
+Pods:
+  LIVE    inbound connections in the middle of something
+  IDLE    inbound connections that only wait, as between two requests
+  NEW/S   new inbound connections per second
+  PEERS   different addresses of these connections' clients
+  OLDEST  the age of the oldest of them; > before a lower bound
+  DRAIN   settling or draining, if a drain is under way
+  LEFT    the time until its deadline
+  FLOWS   these connections by state (docs/until.md)
+Flows of a pod:
+  PEER    the other end; an arrow before one that the pod dialled
+  PORT    the port at the pod's end
+  The other columns are those of ebb flows.
+Drains:
+  START   inbound connections when it began
+  NOW     those that are open now, or were when it ended
+  The other columns are those of ebb drains.
+
+Keys:
+",
+    keys!(),
+    "
+
+Without a terminal, it prints each refresh as text. NO_COLOR turns colours off."
+);
+
 #[derive(Args)]
-pub(super) struct Flags {
-    /// How long to wait between two pictures. Each costs what `ebb pods` costs: a walk of the node's connections for
-    /// each pod.
+pub(super) struct TopFlags {
+    /// Time between two refreshes. Each costs as much as `ebb pods`: a dump of the node's connections per pod.
     #[arg(short, long, default_value = "2s", value_parser = within(INTERVAL), value_name = "DURATION")]
     interval: Duration,
-    /// End after so many pictures, instead of by Ctrl-C.
+    /// Exit after N refreshes instead of at q or Ctrl-C.
     #[arg(short = 'n', long, value_name = "N")]
     times: Option<NonZeroU32>,
     #[command(flatten)]
-    agent: AgentFlags,
+    agent: ConnectFlags,
 }
 
-pub(super) async fn run(flags: &Flags) -> Result<()> {
+pub(super) async fn run(flags: &TopFlags) -> Result<()> {
+    // A terminal that calls itself dumb can't move its cursor.
+    let is_dumb = env::var_os("TERM").is_some_and(|name| name == "dumb");
+    if io::stdin().is_terminal() && io::stdout().is_terminal() && !is_dumb {
+        return interactive::run(flags).await;
+    }
+    print_frames(flags).await
+}
+
+/// Appends a frame to standard output at each refresh.
+async fn print_frames(flags: &TopFlags) -> Result<()> {
     let client = flags.agent.client();
-    // Where there is nothing to show yet, it is an error as in other verbs.
-    let mut lists = ask(&client).await?;
+    // If the first request fails, the command does. Later failures are shown above the last lists.
+    let mut lists = node_lists(&client).await?;
     let mut problem = None;
     let stop = stop_on_signal()?;
-    let screen = Screen::open()?;
     let mut left = flags.times.map(NonZeroU32::get);
     loop {
         let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let (pods, drains) = &lists;
-        let picture = picture(&now, problem.as_deref(), pods, drains, screen.size());
-        match screen.show(&picture) {
-            // The reader has seen enough.
+        match put(&frame(&now, problem.as_deref(), pods, drains)) {
+            // The reader has closed the pipe.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-            shown => shown?,
+            written => written?,
         }
         left = left.map(|n| n - 1);
         if left == Some(0) {
@@ -63,77 +127,27 @@ pub(super) async fn run(flags: &Flags) -> Result<()> {
         }
         let next = async {
             sleep(flags.interval).await;
-            ask(&client).await
+            node_lists(&client).await
         };
         match stop.run_until_cancelled(next).await {
             None => return Ok(()),
             Some(Ok(new)) => (lists, problem) = (new, None),
-            // It may be back soon, as after an upgrade. Until then, what it said last is worth looking at.
-            Some(Err(e)) => problem = Some(format!("as it was before: {}", one_line(&e.into()))),
+            // The agent may be back soon, as after an upgrade. Until then, its last answer is shown.
+            Some(Err(e)) => problem = Some(not_refreshed(&e)),
         }
     }
 }
 
-async fn ask(client: &AgentClient) -> Result<(PodList, DrainList), AgentError> {
+async fn node_lists(client: &AgentClient) -> Result<(PodList, DrainList), AgentError> {
     tokio::try_join!(client.get_json("/v1/pods"), client.get_json("/v1/drains"))
 }
 
-/// Standard output: a terminal, whose picture is replaced and which gets back what was there before, or anything
-/// else, which gets one picture after the other.
-struct Screen {
-    is_terminal: bool,
+fn not_refreshed(e: &AgentError) -> String {
+    format!("not refreshed: {}", one_line(e))
 }
 
-/// xterm's alternate screen, without a cursor, and the way back (ctlseqs: DECSET 1049 and DECTCEM).
-const ENTER: &str = "\x1b[?1049h\x1b[?25l";
-const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
-/// To the upper left corner; from here to the end of the line, and of the screen, nothing (CUP, EL, ED).
-const HOME: &str = "\x1b[H";
-const REST_OF_LINE: &str = "\x1b[K";
-const REST_OF_SCREEN: &str = "\x1b[J";
-
-impl Screen {
-    fn open() -> io::Result<Self> {
-        let is_terminal = io::stdout().is_terminal();
-        if is_terminal {
-            put(ENTER)?;
-        }
-        Ok(Self { is_terminal })
-    }
-
-    /// Of a terminal that has one.
-    fn size(&self) -> Option<Size> {
-        let size = tcgetwinsize(io::stdout())
-            .ok()
-            .filter(|_| self.is_terminal)?;
-        (size.ws_col > 0 && size.ws_row > 0).then(|| Size {
-            columns: size.ws_col.into(),
-            rows: size.ws_row.into(),
-        })
-    }
-
-    fn show(&self, picture: &str) -> io::Result<()> {
-        if !self.is_terminal {
-            return put(&format!("{picture}\n"));
-        }
-        // All at once, and over what is there: nothing flickers. No end of a line follows the last one, which would
-        // scroll.
-        let lines: Vec<_> = picture.lines().collect();
-        let lines = lines.join(&format!("{REST_OF_LINE}\r\n"));
-        put(&format!("{HOME}{lines}{REST_OF_LINE}{REST_OF_SCREEN}"))
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        if self.is_terminal {
-            let _ = put(LEAVE);
-        }
-    }
-}
-
-fn put(text: &str) -> io::Result<()> {
+fn put(frame: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    writeln!(out, "{frame}")?;
     out.flush()
 }

@@ -9,19 +9,19 @@ use super::print;
 use crate::host::install::{Removal, remove};
 
 #[derive(Args)]
-pub(super) struct Flags {
+pub(super) struct UninstallCriFlags {
     /// The host's root directory.
     #[arg(long, default_value = "/", value_name = "DIR")]
     root: PathBuf,
-    /// Say what would be done, and change nothing.
+    /// Print what would be done, and change nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Do it although the kubelet uses the proxy. The node fails until the kubelet is pointed elsewhere.
+    /// Uninstall although the kubelet uses the proxy. The node fails until the kubelet uses the runtime's socket again.
     #[arg(long)]
     force: bool,
 }
 
-pub(super) fn run(flags: &Flags) -> Result<()> {
+pub(super) fn run(flags: &UninstallCriFlags) -> Result<()> {
     let mut lines = match remove(&flags.root, flags.dry_run, flags.force)? {
         Removal::Nothing => {
             vec!["nothing to do: `ebb install-cri` has installed nothing here".into()]
@@ -29,7 +29,7 @@ pub(super) fn run(flags: &Flags) -> Result<()> {
         Removal::Done { lines, left } => {
             let left = left.iter().map(|path| {
                 format!(
-                    "note: {} was changed since, and is yours to remove",
+                    "note: {} was changed since `ebb install-cri` wrote it, so ebb keeps it: remove it by hand",
                     path.display()
                 )
             });

@@ -1,88 +1,57 @@
-//! `ebb doctor`: is this node able, and is this pod going to lose requests anyway?
+//! `ebb doctor`: can ebb work on this node, and will this pod lose requests anyway?
 
 mod checks;
 mod gather;
+mod hooks;
 mod pod;
-
-use serde::{Deserialize, Serialize};
+mod programs;
 
 pub use checks::CAPABILITIES;
-pub use gather::{Where, node};
-pub use pod::advise;
+pub use ebb_protocol::views::{Check, CheckStatus, Diagnosis};
+pub(crate) use gather::{DoctorOptions, host_root, node};
+pub(crate) use pod::advise;
 
-/// How a check went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Status {
-    /// As it should be.
-    Ok,
-    /// Something is less than it could be.
-    Warn,
-    /// ebb, or the hold, can't work so.
-    Fail,
-}
-
-/// One check.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Check {
-    /// What was checked.
-    pub name: String,
-    /// How it went.
-    pub status: Status,
-    /// One line: what is, and what to do.
-    pub detail: String,
-}
-
-impl Check {
-    fn new(name: &str, status: Status, detail: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            status,
-            detail: detail.into(),
-        }
-    }
-}
-
-/// What `ebb doctor` prints.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Diagnosis {
-    /// `ebb.dev/v1`.
-    pub schema: String,
-    /// The pod, if it was asked about one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pod: Option<String>,
-    /// The checks.
-    pub checks: Vec<Check>,
-}
-
-/// Something fails. The checks themselves have been printed.
+/// Some checks failed. `ebb doctor` has printed them.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} of the checks failed")]
-pub struct Failing(pub usize);
+pub(crate) struct FailedChecks(usize);
 
-impl Diagnosis {
-    /// The checks for people.
-    pub fn text(&self) -> String {
-        let width = self.checks.iter().map(|c| c.name.len()).max().unwrap_or(0);
-        let line = |c: &Check| {
-            let status = match c.status {
-                Status::Ok => "ok  ",
-                Status::Warn => "warn",
-                Status::Fail => "FAIL",
-            };
-            format!("{status}  {:<width$}  {}\n", c.name, c.detail)
+/// The checks as text: one line each, and below it why it matters and what to do.
+pub(crate) fn text(diagnosis: &Diagnosis) -> String {
+    let width = diagnosis
+        .checks
+        .iter()
+        .map(|c| c.name.len())
+        .max()
+        .unwrap_or(0);
+    let indent = "warn".len() + 2 + width + 2;
+    let line = |c: &Check| {
+        let status = match c.status {
+            CheckStatus::Ok => "ok  ",
+            CheckStatus::Unknown => "?   ",
+            CheckStatus::Warn => "warn",
+            CheckStatus::Fail => "FAIL",
         };
-        self.checks.iter().map(line).collect()
-    }
-
-    /// # Errors
-    ///
-    /// [`Failing`] if any check fails. Warnings do not count.
-    pub fn verdict(&self) -> Result<(), Failing> {
-        let failing = self.checks.iter().filter(|c| c.status == Status::Fail);
-        match failing.count() {
-            0 => Ok(()),
-            n => Err(Failing(n)),
+        let mut text = format!("{status}  {:<width$}  {}\n", c.name, c.detail);
+        let more = [("why:", &c.why), ("change:", &c.change)];
+        for (label, what) in more.into_iter().filter_map(|(l, w)| Some((l, w.as_ref()?))) {
+            text += &format!("{:indent$}{label:<7} {what}\n", "");
         }
+        text
+    };
+    diagnosis.checks.iter().map(line).collect()
+}
+
+/// # Errors
+///
+/// [`FailedChecks`] if any check fails. Warnings, and what ebb can't tell, do not count.
+pub(crate) fn verdict(diagnosis: &Diagnosis) -> Result<(), FailedChecks> {
+    let failing = diagnosis
+        .checks
+        .iter()
+        .filter(|c| c.status == CheckStatus::Fail);
+    match failing.count() {
+        0 => Ok(()),
+        n => Err(FailedChecks(n)),
     }
 }

@@ -1,107 +1,102 @@
 //! Installing the CRI proxy on the host, and removing it again.
 //!
-//! The program goes to /opt/ebb/bin: /usr, with /usr/local, is read-only on image-based distributions, and /opt is
-//! there for programs that no package manager brought. Units and the links that enable them go to
-//! /etc/systemd/system; whatever depends on this host goes into drop-ins of theirs.
+//! The proxy's program goes to /opt/ebb/bin, because /usr, with /usr/local, is read-only on image-based
+//! distributions, and /opt is for programs that no package manager installs. Units and the links that enable them go
+//! to /etc/systemd/system; settings that depend on this host go into drop-ins of the units.
 
 mod kubelet_setting;
 mod remove;
 
 use std::{
-    fs, io,
+    env, fs, io,
     path::{Path, PathBuf},
     process::Command,
 };
 
-pub use remove::{Removal, remove};
+use ebb_core::socket_path;
+pub(crate) use remove::{Removal, remove};
 
 use super::{
-    files::{self, digest, followed, under},
     kubelet::{FIRST_VERSION, Kubelet},
-    plan::{self, Conflict, Is, Item, Plan, Step},
-    state::{Made, STATE_FILE, State},
+    plan::{self, Conflict, InstallPlan, Item, PathState, Step},
+    state::{Artifact, InstallState, STATE_FILE},
 };
-use crate::pods::cri::{Cri, CriError};
+use crate::{
+    linux::files::{self, digest, resolve_in, resolve_in_nofollow},
+    pods::cri::{Cri, CriError},
+};
 
-const PROGRAM: &str = "/opt/ebb/bin/ebb";
+const PROGRAM: &str = "/opt/ebb/bin/ebb-cri-proxy";
 const UNITS: &str = "/etc/systemd/system";
 const SERVICE: &str = "ebb-cri.service";
 const SOCKET: &str = "ebb-cri.socket";
 const SERVICE_UNIT: &str = include_str!("../../../deploy/systemd/ebb-cri.service");
 const SOCKET_UNIT: &str = include_str!("../../../deploy/systemd/ebb-cri.socket");
 
-/// Where the proxy listens: what the socket unit says.
-pub const PROXY_SOCKET: &str = "/run/ebb/cri.sock";
+/// Where the proxy listens, as in the socket unit.
+pub(super) const PROXY_SOCKET: &str = socket_path::PROXY;
 
-/// What the path of any socket in front of CRI-O has to end with: the kubelet takes CRI-O's statistics by another
-/// way than other runtimes', and tells it by this (`UsingLegacyCadvisorStats`, `pkg/kubelet/cadvisor/util.go`).
-pub const CRIO_SUFFIX: &str = "run/crio/crio.sock";
+/// The suffix of any socket in front of CRI-O: the kubelet gets CRI-O's statistics in another way than other
+/// runtimes', and recognises CRI-O by this suffix (`UsingLegacyCadvisorStats`, `pkg/kubelet/cadvisor/util.go`).
+pub(super) const CRIO_SUFFIX: &str = "run/crio/crio.sock";
 
 /// Where the proxy listens in front of CRI-O.
-const CRIO_PROXY_SOCKET: &str = "/run/ebb/run/crio/crio.sock";
+const CRIO_PROXY_SOCKET: &str = socket_path::PROXY_OF_CRIO;
 
-/// What to install, and where.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub(crate) struct InstallOptions {
     /// The host's root directory.
-    pub root: PathBuf,
-    /// The runtime's socket, where that is not to be found out.
-    pub runtime: Option<PathBuf>,
-    /// Change the kubelet's endpoint, too.
-    pub apply: bool,
+    pub(crate) root: PathBuf,
+    /// The runtime's socket; `None` to find it.
+    pub(crate) runtime: Option<PathBuf>,
+    /// Set the kubelet's endpoint, too.
+    pub(crate) apply: bool,
 }
 
-/// Why the host is not changed, or not any further.
+/// Why an installation or removal did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
-pub enum InstallError {
-    /// The host is not fit for it, or something is in the way. The text says what to do.
+pub(crate) enum InstallError {
+    /// The host does not meet a requirement. The text says what to do.
     #[error("{0}")]
     Refused(String),
-    /// A file of somebody else's is in the way.
     #[error(transparent)]
     Conflict(#[from] Conflict),
-    /// A file can't be read or written.
     #[error("can't {what} {}: {source}", path.display())]
     Io {
-        /// What was being done.
         what: &'static str,
-        /// To what.
         path: PathBuf,
-        /// The system's answer.
         source: io::Error,
     },
-    /// systemd did not do what it was asked.
     #[error("`systemctl {command}` failed: {why}")]
-    Systemctl {
-        /// The command.
-        command: String,
-        /// What it said.
-        why: String,
-    },
-    /// The proxy does not answer, so the kubelet is not pointed at it.
+    Systemctl { command: String, why: String },
     #[error(
-        "the proxy was installed and started, and does not answer; the kubelet's setting was not changed"
+        "the proxy was installed and started, but does not answer; the kubelet's setting was not changed"
     )]
     NoAnswer(#[source] CriError),
-    /// It broke off in the middle.
-    #[error("{0}; run `ebb uninstall-cri` to take back what was done until then")]
+    #[error(
+        "the container runtime of this host does not answer, so nothing was changed; start it, or give its own \
+         socket with --runtime"
+    )]
+    NoRuntime(#[source] CriError),
+    /// The installation stopped half-way.
+    #[error("{0}; run `ebb uninstall-cri` to undo what was done so far")]
     Unfinished(#[source] Box<Self>),
 }
 
-/// An installation, planned.
+/// A planned installation.
 #[derive(Debug)]
-pub struct Installation {
+pub(crate) struct Installation {
     root: PathBuf,
     runtime: PathBuf,
     socket: PathBuf,
-    plan: Plan,
-    /// The kubelet's drop-in, if it is to be written: after the proxy has answered.
+    plan: InstallPlan,
+    /// The kubelet's drop-in, if it is to be written. It is written after the proxy has answered.
     drop_in: Option<PathBuf>,
-    /// What to know and to do besides.
-    pub notes: Vec<String>,
+    /// What else the user should know or do.
+    pub(crate) notes: Vec<String>,
 }
 
-/// Whether systemd runs this host, and may be asked (`sd_booted(3)`).
+/// Whether systemd runs this host, so that `systemctl` works (`sd_booted(3)`).
 fn systemd_runs(root: &Path) -> bool {
     root == Path::new("/") && Path::new("/run/systemd/system").is_dir()
 }
@@ -114,42 +109,59 @@ fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> I
     }
 }
 
+/// The proxy's program, which is installed beside this one.
+fn proxy_program() -> Result<Vec<u8>, InstallError> {
+    let own = env::current_exe().map_err(failed("find", Path::new("/proc/self/exe")))?;
+    let path = own.with_file_name("ebb-cri-proxy");
+    fs::read(&path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => InstallError::Refused(format!(
+            "{} is missing: put the proxy beside this program, as in the image",
+            path.display()
+        )),
+        _ => failed("read", &path)(e),
+    })
+}
+
 /// What is at a path of the host.
-fn is(root: &Path, path: &Path) -> Is {
-    let Ok(at) = under(root, path) else {
-        return Is::Other;
+fn path_state(root: &Path, path: &Path) -> PathState {
+    let Ok(at) = resolve_in_nofollow(root, path) else {
+        return PathState::Other;
     };
     match fs::symlink_metadata(&at) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Is::Absent,
-        Err(_) => Is::Other,
-        Ok(m) if m.is_dir() => Is::Directory,
-        Ok(m) if m.is_file() => fs::read(&at).map_or(Is::Other, |b| Is::File(digest(&b))),
-        Ok(m) if m.is_symlink() && followed(root, path).is_ok_and(|p| p.is_dir()) => Is::Directory,
-        Ok(m) if m.is_symlink() => fs::read_link(&at).map_or(Is::Other, Is::Link),
-        Ok(_) => Is::Other,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => PathState::Absent,
+        Err(_) => PathState::Other,
+        Ok(m) if m.is_dir() => PathState::Directory,
+        Ok(m) if m.is_file() => {
+            fs::read(&at).map_or(PathState::Other, |b| PathState::File(digest(&b)))
+        }
+        Ok(m) if m.is_symlink() && resolve_in(root, path).is_ok_and(|p| p.is_dir()) => {
+            PathState::Directory
+        }
+        Ok(m) if m.is_symlink() => fs::read_link(&at).map_or(PathState::Other, PathState::Link),
+        Ok(_) => PathState::Other,
     }
 }
 
-/// Looks at the host and plans. Changes nothing.
+/// Plans the installation on this host. Changes nothing.
 ///
 /// # Errors
 ///
-/// [`InstallError`]: the host is not fit for it, or a file is in the way or can't be read.
-pub fn prepare(wanted: &Wanted) -> Result<Installation, InstallError> {
-    let root = &wanted.root;
-    let program =
-        fs::read("/proc/self/exe").map_err(failed("read", Path::new("/proc/self/exe")))?;
-    let state = State::load(root).map_err(failed("read", Path::new(STATE_FILE)))?;
+/// [`InstallError`] if the host does not meet a requirement, another file is in the place of one of ebb's, or a file
+/// can't be read.
+pub(crate) fn prepare(options: &InstallOptions) -> Result<Installation, InstallError> {
+    let root = &options.root;
+    let program = proxy_program()?;
+    let state = InstallState::load(root).map_err(failed("read", Path::new(STATE_FILE)))?;
     let kubelet = Kubelet::find(root);
     let mut notes = Vec::new();
     match &kubelet {
         Some(kubelet) => kubelet_setting::check_version(kubelet, root, &mut notes)?,
         None => notes.push(format!(
-            "no kubelet runs here, so its version was not checked: it has to be {}.{} or later",
+            "no kubelet runs here, so its version was not checked: it must be {}.{} or later",
             FIRST_VERSION.0, FIRST_VERSION.1
         )),
     }
-    let runtime = kubelet_setting::runtime(wanted, kubelet.as_ref(), state.as_ref())?;
+    let runtime = kubelet_setting::runtime(options, kubelet.as_ref(), state.as_ref())?;
     let is_crio = runtime.ends_with("crio.sock");
     let socket = PathBuf::from(if is_crio {
         CRIO_PROXY_SOCKET
@@ -158,11 +170,11 @@ pub fn prepare(wanted: &Wanted) -> Result<Installation, InstallError> {
     });
     let made = state.map(|s| s.made).unwrap_or_default();
     let mut desired = desired(program, &runtime, &socket);
-    let drop_in = kubelet_setting::drop_in(wanted, kubelet.as_ref(), &socket, &made, &mut notes)?;
-    // What was applied earlier stays so.
+    let drop_in = kubelet_setting::drop_in(options, kubelet.as_ref(), &socket, &made, &mut notes)?;
+    // A drop-in from an earlier `--apply` stays.
     let applied = made
         .iter()
-        .map(Made::path)
+        .map(Artifact::path)
         .find(|p| p.ends_with(kubelet_setting::DROP_IN));
     if let Some(path) = drop_in.as_deref().or(applied) {
         desired.push(Item::File {
@@ -172,19 +184,21 @@ pub fn prepare(wanted: &Wanted) -> Result<Installation, InstallError> {
         });
     }
     for item in &desired {
-        under(root, item.path()).map_err(failed("reach", item.path()))?;
+        resolve_in_nofollow(root, item.path()).map_err(failed("reach", item.path()))?;
     }
-    let mut plan = plan::install(&desired, &made, |path| is(root, path))?;
-    // The state's own directory is ebb's, too, if it was not there.
+    let mut plan = plan::install(&desired, &made, |path| path_state(root, path))?;
+    // The directory of the state file is ebb's, too, if it does not exist.
     let home = Path::new(STATE_FILE).parent().unwrap_or(Path::new("/"));
-    let missing = home.ancestors().take_while(|d| is(root, d) == Is::Absent);
-    let missing: Vec<Made> = missing
-        .map(|d| Made::Directory { path: d.to_owned() })
+    let missing = home
+        .ancestors()
+        .take_while(|d| path_state(root, d) == PathState::Absent);
+    let missing: Vec<Artifact> = missing
+        .map(|d| Artifact::Directory { path: d.to_owned() })
         .collect();
     plan.made.splice(0..0, missing);
-    // Directories first, the outer before the inner: in a stable order, so that doing it again changes nothing.
+    // Directories first, the outer before the inner: a stable order, so that a repeated installation changes nothing.
     plan.made.sort_by_key(|m| match m {
-        Made::Directory { path } => (0, path.clone()),
+        Artifact::Directory { path } => (0, path.clone()),
         _ => (1, PathBuf::new()),
     });
     Ok(Installation {
@@ -203,7 +217,7 @@ fn desired(program: Vec<u8>, runtime: &Path, socket: &Path) -> Vec<Item> {
         bytes: text.into_bytes(),
         mode: 0o644,
     };
-    // What `systemctl enable` would do, by the units' [Install].
+    // The link that `systemctl enable` would make, from the units' [Install].
     let enabled = |target: &str, name: &str| Item::Link {
         path: Path::new(UNITS).join(format!("{target}.wants")).join(name),
         target: Path::new(UNITS).join(name),
@@ -229,7 +243,7 @@ fn desired(program: Vec<u8>, runtime: &Path, socket: &Path) -> Vec<Item> {
         items.push(unit(
             &format!("{SOCKET}.d/10-path.conf"),
             format!(
-                "# Written by `ebb install-cri`: in front of CRI-O the path has to end so.\n[Socket]\n\
+                "# Written by `ebb install-cri`: in front of CRI-O the path must end like this.\n[Socket]\n\
                  ListenStream=\nListenStream={}\n",
                 socket.display()
             ),
@@ -241,8 +255,30 @@ fn desired(program: Vec<u8>, runtime: &Path, socket: &Path) -> Vec<Item> {
 }
 
 impl Installation {
-    /// What will be done, one thing a line.
-    pub fn describe(&self) -> Vec<String> {
+    /// Checks that a container runtime answers at the socket that the proxy will forward to. A host below another root
+    /// may not run: then a missing socket is only noted.
+    ///
+    /// # Errors
+    ///
+    /// [`InstallError::NoRuntime`]
+    pub(crate) async fn check_runtime(&mut self) -> Result<(), InstallError> {
+        let runs = self.root == Path::new("/");
+        let socket = match resolve_in(&self.root, &self.runtime) {
+            Ok(socket) if runs || socket.exists() => socket,
+            _ => {
+                self.notes.push(format!(
+                    "{} does not exist, so it was not checked that the container runtime answers there",
+                    self.runtime.display()
+                ));
+                return Ok(());
+            }
+        };
+        let runtime = Cri::connect(&socket).await;
+        runtime.map(drop).map_err(InstallError::NoRuntime)
+    }
+
+    /// What will be done, one action per line.
+    pub(crate) fn describe(&self) -> Vec<String> {
         let mut lines: Vec<String> = self.plan.steps.iter().map(Step::to_string).collect();
         if systemd_runs(&self.root) {
             lines.extend(
@@ -260,7 +296,7 @@ impl Installation {
         if self.plan.steps.is_empty() {
             return vec![vec!["start", SOCKET, SERVICE]];
         }
-        // A service that is not running is started by this; one of an older version is replaced.
+        // `restart` starts a service that is not running, and replaces one of an older version.
         vec![
             vec!["daemon-reload"],
             vec!["start", SOCKET],
@@ -268,29 +304,30 @@ impl Installation {
         ]
     }
 
-    /// Does it: the state first, so that whatever is done can be undone, the kubelet's setting last.
+    /// Installs: writes the state first, so that every change can be undone, and the kubelet's setting last.
     ///
     /// # Errors
     ///
-    /// [`InstallError`]. What was done until then is in the state, for `ebb uninstall-cri`.
-    pub async fn carry_out(&self) -> Result<(), InstallError> {
-        self.announce()?;
-        self.change()
+    /// [`InstallError`]. `ebb uninstall-cri` undoes what was done so far.
+    pub(crate) async fn carry_out(&self) -> Result<(), InstallError> {
+        self.save_state()?;
+        self.apply()
             .await
             .map_err(|why| InstallError::Unfinished(Box::new(why)))
     }
 
-    fn announce(&self) -> Result<(), InstallError> {
-        let home = under(&self.root, Path::new(STATE_FILE))
+    fn save_state(&self) -> Result<(), InstallError> {
+        let home = resolve_in_nofollow(&self.root, Path::new(STATE_FILE))
             .map_err(failed("reach", Path::new(STATE_FILE)))?;
         let home = home.parent().unwrap_or(&self.root);
         fs::create_dir_all(home).map_err(failed("make", home))?;
-        let state = State::new(
+        let state = InstallState::new(
             self.runtime.clone(),
             self.socket.clone(),
             self.plan.made.clone(),
         );
-        let known = State::load(&self.root).map_err(failed("read", Path::new(STATE_FILE)))?;
+        let known =
+            InstallState::load(&self.root).map_err(failed("read", Path::new(STATE_FILE)))?;
         if known.as_ref() != Some(&state) {
             state
                 .save(&self.root)
@@ -299,7 +336,7 @@ impl Installation {
         Ok(())
     }
 
-    async fn change(&self) -> Result<(), InstallError> {
+    async fn apply(&self) -> Result<(), InstallError> {
         let late = |step: &&Step| matches!(step, Step::Put(item) if Some(item.path()) == self.drop_in.as_deref());
         let (last, first): (Vec<&Step>, Vec<&Step>) = self.plan.steps.iter().partition(late);
         for step in first {
@@ -325,7 +362,7 @@ fn carry_out(root: &Path, step: &Step) -> Result<(), InstallError> {
         Step::Put(item) => item.path(),
         Step::MakeDirectory(path) | Step::Remove(path) | Step::RemoveDirectory(path) => path,
     };
-    let at = under(root, path).map_err(failed("reach", path))?;
+    let at = resolve_in_nofollow(root, path).map_err(failed("reach", path))?;
     match step {
         Step::MakeDirectory(_) => match fs::create_dir(at) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed("make", path)(e)),

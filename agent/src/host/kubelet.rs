@@ -1,4 +1,4 @@
-//! The kubelet of this host: its process, its version, and which container runtime endpoint it was told.
+//! The kubelet of this host: its process, its version, and its container runtime endpoint.
 //!
 //! A setting comes from the command line, else from a drop-in, else from the configuration file, else from the
 //! kubelet's own default (`cmd/kubelet/app/server.go`, `NewKubeletCommand`: the file, then `--config-dir`, then
@@ -13,36 +13,37 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(super) use ebb_core::socket_path::same as same_socket;
 use serde::Deserialize;
 
-use super::files::followed;
+use crate::linux::files::resolve_in;
 
 /// The kubelet's default endpoint (`SetDefaults_KubeletConfiguration`, from 1.27 on).
-pub const DEFAULT_ENDPOINT: &str = "/run/containerd/containerd.sock";
+pub(super) const DEFAULT_ENDPOINT: &str = "/run/containerd/containerd.sock";
 
-/// Where runtimes listen that nobody was told of.
+/// Where runtimes listen by default.
 const WELL_KNOWN: [&str; 2] = [DEFAULT_ENDPOINT, "/run/crio/crio.sock"];
 
-/// The first kubelet whose calls the proxy can read: older ones send the socket's path as `:authority`.
-pub const FIRST_VERSION: (u32, u32) = (1, 31);
+/// The first kubelet whose calls the proxy can read: older kubelets send the socket's path as `:authority`.
+pub(super) const FIRST_VERSION: (u32, u32) = (1, 31);
 
 /// How long `kubelet --version` may take.
 const VERSION_WITHIN: Duration = Duration::from_secs(10);
 
-/// Who names the endpoint.
+/// Which setting gives the endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(super) enum EndpointSource {
     /// `--container-runtime-endpoint`.
     Flag,
     /// A file of `--config-dir`.
     DropIn(PathBuf),
     /// The file of `--config`.
     Config(PathBuf),
-    /// Nobody: it is the kubelet's default.
+    /// The kubelet's default.
     Default,
 }
 
-impl std::fmt::Display for Source {
+impl std::fmt::Display for EndpointSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Flag => f.write_str("its flag --container-runtime-endpoint"),
@@ -54,28 +55,29 @@ impl std::fmt::Display for Source {
 
 /// A running kubelet. Paths are the host's own, without the root that they were read below.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kubelet {
-    /// Its process.
-    pub pid: u32,
-    /// The socket it talks to, as it is configured now.
-    pub endpoint: PathBuf,
-    /// Who says so.
-    pub source: Source,
+pub(super) struct Kubelet {
+    pub(super) pid: u32,
+    /// The runtime's socket, as configured now.
+    pub(super) endpoint: PathBuf,
+    /// Where the endpoint is set.
+    pub(super) source: EndpointSource,
     /// `--config-dir`.
-    pub config_dir: Option<PathBuf>,
+    pub(super) config_dir: Option<PathBuf>,
     /// `--config`.
-    pub config: Option<PathBuf>,
+    pub(super) config: Option<PathBuf>,
+    /// A file or directory of its configuration that this process can't read. Then the endpoint may be another one.
+    pub(super) unread: Option<PathBuf>,
 }
 
-/// What of a kubelet's command line matters.
+/// The flags of a kubelet that ebb reads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Flags {
+struct KubeletFlags {
     endpoint: Option<String>,
     config: Option<PathBuf>,
     config_dir: Option<PathBuf>,
 }
 
-impl Flags {
+impl KubeletFlags {
     /// Reads `/proc/PID/cmdline`. Flags are `--name=value` or `--name value`; the last one counts.
     fn parse(cmdline: &[u8]) -> Self {
         let mut flags = Self::default();
@@ -103,28 +105,28 @@ impl Flags {
     }
 }
 
-/// The only part of a KubeletConfiguration that is read.
+/// The part of a KubeletConfiguration that ebb reads.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Configuration {
     container_runtime_endpoint: Option<String>,
 }
 
-/// The endpoint that a configuration file names. A file that can't be read names none: the kubelet runs, so
-/// it has read it, and what ebb does not understand in it is not for ebb to judge.
+/// The endpoint in a configuration file. `None` if ebb can't read or parse the file: the kubelet runs with it, so
+/// that is no error.
 fn endpoint_in(root: &Path, path: &Path) -> Option<String> {
-    let text = fs::read_to_string(followed(root, path).ok()?).ok()?;
+    let text = fs::read_to_string(resolve_in(root, path).ok()?).ok()?;
     let configuration: Configuration = serde_saphyr::from_str(&text).ok()?;
     configuration
         .container_runtime_endpoint
         .filter(|e| !e.is_empty())
 }
 
-/// The drop-ins of a directory, in the order in which the kubelet reads them: `*.conf`, also in directories
-/// below, by path (`mergeKubeletConfigurations`).
+/// The drop-ins of a directory, in the order in which the kubelet reads them: `*.conf`, also in subdirectories,
+/// sorted by path (`mergeKubeletConfigurations`).
 fn drop_ins(root: &Path, directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut entries: Vec<_> = followed(root, directory)
+    let mut entries: Vec<_> = resolve_in(root, directory)
         .and_then(fs::read_dir)
         .into_iter()
         .flatten()
@@ -133,7 +135,7 @@ fn drop_ins(root: &Path, directory: &Path) -> Vec<PathBuf> {
         .collect();
     entries.sort();
     for path in entries {
-        if followed(root, &path).is_ok_and(|p| p.is_dir()) {
+        if resolve_in(root, &path).is_ok_and(|p| p.is_dir()) {
             found.extend(drop_ins(root, &path));
         } else if path.extension().is_some_and(|e| e == "conf") {
             found.push(path);
@@ -147,19 +149,10 @@ fn socket_of(endpoint: &str) -> PathBuf {
     PathBuf::from(endpoint.strip_prefix("unix://").unwrap_or(endpoint))
 }
 
-/// The same socket, whichever way it is spelled: `/var/run` is `/run`.
-pub fn same_socket(a: &Path, b: &Path) -> bool {
-    let plain = |p: &Path| match p.strip_prefix("/var/run") {
-        Ok(rest) => Path::new("/run").join(rest),
-        Err(_) => p.to_owned(),
-    };
-    plain(a) == plain(b)
-}
-
 impl Kubelet {
-    /// Finds the kubelet of the host whose root is `root`: the process of that name in the mount namespace of
-    /// the host's first process. A process of a pod may call itself anything.
-    pub fn find(root: &Path) -> Option<Self> {
+    /// Finds the kubelet of the host whose root is `root`: the process named `kubelet` in the mount namespace of the
+    /// host's first process. A process of a pod may have the same name.
+    pub(super) fn find(root: &Path) -> Option<Self> {
         let proc = root.join("proc");
         let host = fs::read_link(proc.join("1/ns/mnt")).ok()?;
         let mut pids: Vec<u32> = fs::read_dir(&proc)
@@ -174,86 +167,106 @@ impl Kubelet {
                 && fs::read_link(process.join("ns/mnt")).is_ok_and(|ns| ns == host)
         })?;
         let cmdline = fs::read(proc.join(pid.to_string()).join("cmdline")).ok()?;
-        Some(Self::configured(root, pid, Flags::parse(&cmdline)))
+        Some(Self::configured(root, pid, KubeletFlags::parse(&cmdline)))
     }
 
-    fn configured(root: &Path, pid: u32, flags: Flags) -> Self {
+    fn configured(root: &Path, pid: u32, flags: KubeletFlags) -> Self {
         let of_drop_in = || {
             let directory = flags.config_dir.as_ref()?;
             drop_ins(root, directory)
                 .into_iter()
                 .rev()
-                .find_map(|path| Some((endpoint_in(root, &path)?, Source::DropIn(path))))
+                .find_map(|path| Some((endpoint_in(root, &path)?, EndpointSource::DropIn(path))))
         };
         let of_config = || {
             let path = flags.config.as_ref()?;
             let endpoint = endpoint_in(root, path)?;
-            Some((endpoint, Source::Config(path.clone())))
+            Some((endpoint, EndpointSource::Config(path.clone())))
         };
+        let is_unread = |path: &&PathBuf| {
+            let found = resolve_in(root, path).and_then(fs::File::open);
+            found.is_err()
+        };
+        let of_flag = flags.endpoint.is_some();
+        let files = [&flags.config, &flags.config_dir].into_iter().flatten();
+        let unread = files.filter(|_| !of_flag).find(is_unread).cloned();
         let (endpoint, source) = flags
             .endpoint
             .clone()
-            .map(|e| (e, Source::Flag))
+            .map(|e| (e, EndpointSource::Flag))
             .or_else(of_drop_in)
             .or_else(of_config)
-            .unwrap_or_else(|| (DEFAULT_ENDPOINT.into(), Source::Default));
+            .unwrap_or_else(|| (DEFAULT_ENDPOINT.into(), EndpointSource::Default));
         Self {
             pid,
             endpoint: socket_of(&endpoint),
             source,
             config_dir: flags.config_dir,
             config: flags.config,
+            unread,
         }
     }
 
-    /// Asks its own binary for its version, as `(major, minor)`.
+    /// Runs the kubelet's binary to get its version, as `(major, minor)`.
     ///
     /// # Errors
     ///
-    /// The binary can't be run, does not answer in time, or says something else.
-    pub fn version(&self, root: &Path) -> io::Result<(u32, u32)> {
+    /// The binary can't be run, does not exit in time, or prints something else.
+    pub(super) fn version(&self, root: &Path) -> io::Result<(u32, u32)> {
         let program = root.join("proc").join(self.pid.to_string()).join("exe");
-        let mut child = Command::new(program)
-            .arg("--version")
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        // It writes one line, which fits the pipe.
-        let started = Instant::now();
-        while child.try_wait()?.is_none() {
-            if started.elapsed() > VERSION_WITHIN {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let out = child.wait_with_output()?;
-        let text = String::from_utf8_lossy(&out.stdout);
+        let text = run_version(&program)?;
         version_of(&text).ok_or_else(|| {
             let text = text.trim();
-            io::Error::new(io::ErrorKind::InvalidData, format!("it says {text:?}"))
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("unexpected output {text:?}"),
+            )
         })
     }
 }
 
-/// Reads `Kubernetes v1.31.2`, with whatever a distribution puts behind it.
+/// Parses `Kubernetes v1.31.2`, with any suffix of a distribution.
 fn version_of(text: &str) -> Option<(u32, u32)> {
     let mut parts = text.trim().strip_prefix("Kubernetes v")?.split('.');
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// The first of the well-known runtime sockets that is there.
-pub fn well_known_runtime(root: &Path) -> Option<PathBuf> {
+/// What a program prints with `--version`.
+///
+/// # Errors
+///
+/// It can't be run, or does not exit in time.
+pub(super) fn run_version(program: &Path) -> io::Result<String> {
+    let mut child = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    // It writes one line, which fits the pipe.
+    let started = Instant::now();
+    while child.try_wait()?.is_none() {
+        if started.elapsed() > VERSION_WITHIN {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let out = child.wait_with_output()?;
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// The first well-known runtime socket that exists.
+pub(super) fn well_known_runtime(root: &Path) -> Option<PathBuf> {
     WELL_KNOWN
         .iter()
         .map(PathBuf::from)
-        .find(|path| followed(root, path).is_ok_and(|p| p.exists()))
+        .find(|path| resolve_in(root, path).is_ok_and(|p| p.exists()))
 }
 
-/// How many clients are connected to the listener at `socket`, by the host's `/proc/net/unix`. Accepted sockets
-/// have their listener's path there and state 3 (`unix_seq_show`, `SS_CONNECTED`).
+/// How many clients are connected to the listener at `socket`, from the host's `/proc/net/unix`. Accepted sockets
+/// have their listener's path there, and state 3 (`unix_seq_show`, `SS_CONNECTED`).
 ///
 /// # Errors
 ///
@@ -264,7 +277,7 @@ pub fn clients_of(root: &Path, socket: &Path) -> io::Result<usize> {
 }
 
 /// The table of the host's unix sockets.
-pub fn unix_table(root: &Path) -> PathBuf {
+pub(super) fn unix_table(root: &Path) -> PathBuf {
     root.join("proc/1/net/unix")
 }
 
@@ -287,16 +300,19 @@ mod tests {
     fn flags_are_read_in_both_spellings_and_the_last_one_counts() {
         let line = b"/usr/bin/kubelet\0--config\0/var/lib/kubelet/config.yaml\0--v=2\0\
             --container-runtime-endpoint=unix:///a\0--container-runtime-endpoint\0unix:///b\0--config-dir=/etc/k\0";
-        let flags = Flags::parse(line);
+        let flags = KubeletFlags::parse(line);
         assert_eq!(flags.endpoint.as_deref(), Some("unix:///b"));
         assert_eq!(flags.config, Some("/var/lib/kubelet/config.yaml".into()));
         assert_eq!(flags.config_dir, Some("/etc/k".into()));
-        assert_eq!(Flags::parse(b""), Flags::default());
-        assert_eq!(Flags::parse(b"kubelet\0--config"), Flags::default());
+        assert_eq!(KubeletFlags::parse(b""), KubeletFlags::default());
+        assert_eq!(
+            KubeletFlags::parse(b"kubelet\0--config"),
+            KubeletFlags::default()
+        );
     }
 
-    fn configured(root: &Path, line: &[u8]) -> (PathBuf, Source) {
-        let kubelet = Kubelet::configured(root, 7, Flags::parse(line));
+    fn configured(root: &Path, line: &[u8]) -> (PathBuf, EndpointSource) {
+        let kubelet = Kubelet::configured(root, 7, KubeletFlags::parse(line));
         (kubelet.endpoint, kubelet.source)
     }
 
@@ -316,15 +332,15 @@ mod tests {
         let line = b"kubelet\0--config=/k/config.yaml\0--config-dir=/k/conf.d\0";
         assert_eq!(
             configured(root, line),
-            (DEFAULT_ENDPOINT.into(), Source::Default)
+            (DEFAULT_ENDPOINT.into(), EndpointSource::Default)
         );
         write("k/config.yaml", "unix:///run/a.sock");
-        let file = Source::Config("/k/config.yaml".into());
+        let file = EndpointSource::Config("/k/config.yaml".into());
         assert_eq!(configured(root, line), ("/run/a.sock".into(), file));
         write("k/conf.d/20-b.conf", "unix:///run/b.sock");
         write("k/conf.d/10-c.conf", "/run/c.sock");
         write("k/conf.d/30-not.yaml", "unix:///run/d.sock");
-        let last = Source::DropIn("/k/conf.d/20-b.conf".into());
+        let last = EndpointSource::DropIn("/k/conf.d/20-b.conf".into());
         assert_eq!(configured(root, line), ("/run/b.sock".into(), last));
         let line = [
             &line[..],
@@ -333,7 +349,7 @@ mod tests {
         .concat();
         assert_eq!(
             configured(root, &line),
-            ("/run/e.sock".into(), Source::Flag)
+            ("/run/e.sock".into(), EndpointSource::Flag)
         );
     }
 
@@ -346,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn only_accepted_connections_of_that_socket_are_clients() {
+    fn only_accepted_connections_of_the_socket_are_clients() {
         let table = "\
 Num       RefCount Protocol Flags    Type St Inode Path
 0000000000000000: 00000002 00000000 00010000 0001 01 11 /run/ebb/cri.sock

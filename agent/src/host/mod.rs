@@ -1,7 +1,7 @@
-//! The host under the node: which kubelet runs there, how the CRI proxy is installed, and what stands in the way.
+//! The host: its kubelet, the installation of the CRI proxy, and checks of the node and its pods.
 //!
 //! ```text
-//!  /proc, /etc ──► kubelet (which endpoint, by whom, which version)
+//!  /proc, /etc ──► kubelet (its endpoint, where that is set, its version)
 //!                     │
 //!        install: desired ──► plan (pure) ──► apply ──► state file ──► undo
 //!                     │
@@ -9,9 +9,8 @@
 //! ```
 
 pub mod doctor;
-pub mod files;
-pub mod install;
+pub(crate) mod install;
 pub mod kubelet;
-pub mod pid1;
-pub mod plan;
-pub mod state;
+mod plan;
+pub(crate) mod proxy;
+mod state;

@@ -1,45 +1,39 @@
-//! From what is and what should be to what is to be done. Pure: what is on the host is asked through a function.
+//! Plans an installation, or its removal: compares what is on the host with what should be there. Pure: a function
+//! gives the state of a path.
 
 use std::path::{Path, PathBuf};
 
-use super::{files::digest, state::Made};
+use super::state::Artifact;
+use crate::linux::files::digest;
 
 /// Something that should be on the host.
 #[derive(Clone, PartialEq, Eq)]
-pub enum Item {
-    /// A file.
+pub(super) enum Item {
     File {
-        /// Its path.
         path: PathBuf,
-        /// All of it.
         bytes: Vec<u8>,
-        /// Its permissions.
         mode: u32,
     },
-    /// A symbolic link.
     Link {
-        /// Its path.
         path: PathBuf,
-        /// Where it points.
         target: PathBuf,
     },
 }
 
 impl Item {
-    /// Its path.
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         match self {
             Self::File { path, .. } | Self::Link { path, .. } => path,
         }
     }
 
-    fn made(&self) -> Made {
+    fn to_artifact(&self) -> Artifact {
         match self {
-            Self::File { path, bytes, .. } => Made::File {
+            Self::File { path, bytes, .. } => Artifact::File {
                 path: path.clone(),
                 digest: digest(bytes),
             },
-            Self::Link { path, target } => Made::Link {
+            Self::Link { path, target } => Artifact::Link {
                 path: path.clone(),
                 target: target.clone(),
             },
@@ -62,8 +56,7 @@ impl std::fmt::Debug for Item {
 
 /// What is at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Is {
-    /// Nothing.
+pub(super) enum PathState {
     Absent,
     /// A directory, or a link to one.
     Directory,
@@ -71,28 +64,26 @@ pub enum Is {
     File(String),
     /// A symbolic link that points there, and not to a directory.
     Link(PathBuf),
-    /// Something else, or nobody can tell.
+    /// Something else, or unreadable.
     Other,
 }
 
-impl Is {
-    /// Whether this is what was made.
-    fn still(&self, made: &Made) -> bool {
+impl PathState {
+    /// Whether this is unchanged since ebb made it.
+    fn is_unchanged(&self, made: &Artifact) -> bool {
         match (self, made) {
-            (Self::File(is), Made::File { digest, .. }) => is == digest,
-            (Self::Link(is), Made::Link { target, .. }) => is == target,
-            (Self::Directory, Made::Directory { .. }) => true,
+            (Self::File(is), Artifact::File { digest, .. }) => is == digest,
+            (Self::Link(is), Artifact::Link { target, .. }) => is == target,
+            (Self::Directory, Artifact::Directory { .. }) => true,
             _ => false,
         }
     }
 }
 
-/// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Make a directory.
+pub(super) enum Step {
     MakeDirectory(PathBuf),
-    /// Write a file or make a link; if there is one, it is ebb's own and is replaced.
+    /// Write a file or make a link. One that exists is ebb's own, and is replaced.
     Put(Item),
     /// Remove a file or a link.
     Remove(PathBuf),
@@ -118,27 +109,25 @@ impl std::fmt::Display for Step {
     }
 }
 
-/// What is to be done, and what the host's state will be then.
+/// What to do, and what ebb will have made then.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    /// In this order.
-    pub steps: Vec<Step>,
-    /// What ebb will have made.
-    pub made: Vec<Made>,
+pub(super) struct InstallPlan {
+    pub(super) steps: Vec<Step>,
+    pub(super) made: Vec<Artifact>,
     /// What is left as it is, with the reason.
-    pub left: Vec<(PathBuf, &'static str)>,
+    pub(super) left: Vec<(PathBuf, &'static str)>,
 }
 
-/// A file that is not ebb's, where one of ebb's should be.
+/// A file in the place of one of ebb's, with other content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Conflict {
-    /// It was there before.
+pub(crate) enum Conflict {
+    /// `ebb install-cri` did not write it.
     #[error(
-        "{} is there already, and not from `ebb install-cri`: move it away, then run this again",
+        "{} is there already, and `ebb install-cri` did not write it: move it away, then run this again",
         .0.display()
     )]
     Foreign(PathBuf),
-    /// Somebody changed what ebb had made.
+    /// It was changed since ebb wrote it.
     #[error(
         "{} was changed since `ebb install-cri` wrote it: move it away, then run this again",
         .0.display()
@@ -146,43 +135,45 @@ pub enum Conflict {
     Changed(PathBuf),
 }
 
-/// Plans an installation of `desired` where `made` is what earlier ones made.
+/// Plans an installation of `desired`; `made` is what earlier installations made.
 ///
-/// What is there already and as it should be, but not ebb's, is left, and not removed later. What was made
-/// earlier and is no longer desired is removed, unless somebody changed it.
+/// A desired item that exists already, and that ebb did not make, is left and not removed later. An item that an
+/// earlier installation made and that is no longer desired is removed, unless it was changed.
 ///
 /// # Errors
 ///
-/// [`Conflict`] for the first path where something else is.
-pub fn install(
+/// [`Conflict`] for the first path that has other content.
+pub(super) fn install(
     desired: &[Item],
-    made: &[Made],
-    is: impl Fn(&Path) -> Is,
-) -> Result<Plan, Conflict> {
-    let mut plan = Plan::default();
+    made: &[Artifact],
+    state_of: impl Fn(&Path) -> PathState,
+) -> Result<InstallPlan, Conflict> {
+    let mut plan = InstallPlan::default();
     let mut directories: Vec<PathBuf> = Vec::new();
     for item in desired {
         let path = item.path();
-        let there = is(path);
+        let current = state_of(path);
         let own = made.iter().find(|m| m.path() == path);
-        let wanted = item.made();
-        if there.still(&wanted) {
+        let wanted = item.to_artifact();
+        if current.is_unchanged(&wanted) {
             match own {
                 Some(_) => plan.made.push(wanted),
-                None => plan.left.push((path.to_owned(), "it is there already")),
+                None => plan.left.push((path.to_owned(), "it exists already")),
             }
             continue;
         }
         match own {
-            _ if there == Is::Absent => {}
-            Some(own) if there.still(own) => {}
+            _ if current == PathState::Absent => {}
+            Some(own) if current.is_unchanged(own) => {}
             Some(_) => return Err(Conflict::Changed(path.to_owned())),
             None => return Err(Conflict::Foreign(path.to_owned())),
         }
         let missing: Vec<&Path> = path
             .ancestors()
             .skip(1)
-            .take_while(|d| is(d) == Is::Absent && !directories.iter().any(|made| made == d))
+            .take_while(|d| {
+                state_of(d) == PathState::Absent && !directories.iter().any(|made| made == d)
+            })
             .collect();
         for directory in missing.into_iter().rev() {
             directories.push(directory.to_owned());
@@ -192,38 +183,40 @@ pub fn install(
         plan.made.push(wanted);
     }
     // Directories made now or earlier, outermost first, before what is in them.
-    let earlier = made.iter().filter(|m| matches!(m, Made::Directory { .. }));
+    let earlier = made
+        .iter()
+        .filter(|m| matches!(m, Artifact::Directory { .. }));
     let earlier = earlier.map(|m| m.path().to_owned());
     let mut all: Vec<PathBuf> = earlier.chain(directories).collect();
     all.sort();
     all.dedup();
-    let directories = all.into_iter().map(|path| Made::Directory { path });
+    let directories = all.into_iter().map(|path| Artifact::Directory { path });
     plan.made.splice(0..0, directories);
 
-    let obsolete: Vec<Made> = made
+    let obsolete: Vec<Artifact> = made
         .iter()
-        .filter(|m| !matches!(m, Made::Directory { .. }))
+        .filter(|m| !matches!(m, Artifact::Directory { .. }))
         .filter(|m| !desired.iter().any(|d| d.path() == m.path()))
         .cloned()
         .collect();
-    let undone = undo(&obsolete, is);
+    let undone = undo(&obsolete, state_of);
     plan.steps.extend(undone.steps);
     plan.left.extend(undone.left);
     Ok(plan)
 }
 
-/// Plans to undo what was made: the last first, and only what is still as it was made.
-pub fn undo(made: &[Made], is: impl Fn(&Path) -> Is) -> Plan {
-    let mut plan = Plan::default();
+/// Plans the removal of these artifacts, the last one first. An artifact that was changed since is left.
+pub(super) fn undo(made: &[Artifact], state_of: impl Fn(&Path) -> PathState) -> InstallPlan {
+    let mut plan = InstallPlan::default();
     for one in made.iter().rev() {
         let path = one.path().to_owned();
-        match is(&path) {
-            Is::Absent => {}
-            there if there.still(one) => plan.steps.push(match one {
-                Made::Directory { .. } => Step::RemoveDirectory(path),
-                Made::File { .. } | Made::Link { .. } => Step::Remove(path),
+        match state_of(&path) {
+            PathState::Absent => {}
+            current if current.is_unchanged(one) => plan.steps.push(match one {
+                Artifact::Directory { .. } => Step::RemoveDirectory(path),
+                Artifact::File { .. } | Artifact::Link { .. } => Step::Remove(path),
             }),
-            _ => plan.left.push((path, "somebody changed it")),
+            _ => plan.left.push((path, "it was changed since")),
         }
     }
     plan
@@ -235,12 +228,12 @@ mod tests {
 
     use super::*;
 
-    /// What is on a host; what is not named is absent, parents of what is are directories.
+    /// The paths of a host. Parents of a path are directories, and all other paths are absent.
     #[derive(Clone, Default)]
-    struct Host(BTreeMap<PathBuf, Is>);
+    struct Host(BTreeMap<PathBuf, PathState>);
 
     impl Host {
-        fn with(paths: &[(&str, Is)]) -> Self {
+        fn with(paths: &[(&str, PathState)]) -> Self {
             let mut host = Self::default();
             for (path, is) in paths {
                 host.put(Path::new(path), is.clone());
@@ -248,34 +241,33 @@ mod tests {
             host
         }
 
-        fn put(&mut self, path: &Path, is: Is) {
+        fn put(&mut self, path: &Path, is: PathState) {
             for parent in path.ancestors().skip(1) {
-                self.0.insert(parent.to_owned(), Is::Directory);
+                self.0.insert(parent.to_owned(), PathState::Directory);
             }
             self.0.insert(path.to_owned(), is);
         }
 
-        fn is(&self, path: &Path) -> Is {
+        fn is(&self, path: &Path) -> PathState {
             if path == Path::new("/") {
-                return Is::Directory;
+                return PathState::Directory;
             }
-            self.0.get(path).cloned().unwrap_or(Is::Absent)
+            self.0.get(path).cloned().unwrap_or(PathState::Absent)
         }
 
-        /// Does what a plan says.
-        fn carry_out(&mut self, plan: &Plan) {
+        fn carry_out(&mut self, plan: &InstallPlan) {
             for step in &plan.steps {
                 match step {
                     Step::MakeDirectory(path) => {
-                        assert_eq!(self.is(path), Is::Absent);
-                        assert_eq!(self.is(path.parent().unwrap()), Is::Directory);
-                        self.0.insert(path.clone(), Is::Directory);
+                        assert_eq!(self.is(path), PathState::Absent);
+                        assert_eq!(self.is(path.parent().unwrap()), PathState::Directory);
+                        self.0.insert(path.clone(), PathState::Directory);
                     }
                     Step::Put(item) => {
-                        assert_eq!(self.is(item.path().parent().unwrap()), Is::Directory);
+                        assert_eq!(self.is(item.path().parent().unwrap()), PathState::Directory);
                         let is = match item {
-                            Item::File { bytes, .. } => Is::File(digest(bytes)),
-                            Item::Link { target, .. } => Is::Link(target.clone()),
+                            Item::File { bytes, .. } => PathState::File(digest(bytes)),
+                            Item::Link { target, .. } => PathState::Link(target.clone()),
                         };
                         self.0.insert(item.path().to_owned(), is);
                     }
@@ -306,26 +298,29 @@ mod tests {
         }
     }
 
-    fn has(text: &str) -> Is {
-        Is::File(digest(text.as_bytes()))
+    fn has(text: &str) -> PathState {
+        PathState::File(digest(text.as_bytes()))
     }
 
     fn desired() -> Vec<Item> {
         vec![
-            file("/opt/ebb/bin/ebb", "program"),
+            file("/opt/ebb/bin/ebb-cri-proxy", "program"),
             file("/etc/s/ebb.service", "unit"),
             link("/etc/s/wants/ebb.service", "../ebb.service"),
         ]
     }
 
     #[test]
-    fn installing_and_undoing_leaves_what_was() {
-        let before = Host::with(&[("/etc/s/other", has("x")), ("/opt", Is::Directory)]);
+    fn installing_and_undoing_restores_the_host() {
+        let before = Host::with(&[("/etc/s/other", has("x")), ("/opt", PathState::Directory)]);
         let mut host = before.clone();
         let plan = install(&desired(), &[], |p| host.is(p)).unwrap();
         host.carry_out(&plan);
-        assert_eq!(host.is(Path::new("/opt/ebb/bin/ebb")), has("program"));
-        // Once more: nothing to do, and the same to undo.
+        assert_eq!(
+            host.is(Path::new("/opt/ebb/bin/ebb-cri-proxy")),
+            has("program")
+        );
+        // Again: nothing to do, and the same to undo.
         let again = install(&desired(), &plan.made, |p| host.is(p)).unwrap();
         assert_eq!(again.steps, []);
         assert_eq!(again.made, plan.made);
@@ -336,14 +331,14 @@ mod tests {
     }
 
     #[test]
-    fn an_installation_that_broke_off_is_undone_as_far_as_it_got() {
-        let before = Host::with(&[("/etc/s/other", has("x")), ("/opt", Is::Directory)]);
+    fn a_partial_installation_can_be_undone() {
+        let before = Host::with(&[("/etc/s/other", has("x")), ("/opt", PathState::Directory)]);
         let plan = install(&desired(), &[], |p| before.is(p)).unwrap();
         for done in 0..plan.steps.len() {
             let mut host = before.clone();
-            let part = Plan {
+            let part = InstallPlan {
                 steps: plan.steps[..done].to_vec(),
-                ..Plan::default()
+                ..InstallPlan::default()
             };
             host.carry_out(&part);
             host.carry_out(&undo(&plan.made, |p| host.is(p)));
@@ -357,7 +352,7 @@ mod tests {
         let old = install(&desired(), &[], |p| host.is(p)).unwrap();
         host.carry_out(&old);
         let mut newer = desired();
-        newer[0] = file("/opt/ebb/bin/ebb", "newer program");
+        newer[0] = file("/opt/ebb/bin/ebb-cri-proxy", "newer program");
         newer.remove(2);
         let plan = install(&newer, &old.made, |p| host.is(p)).unwrap();
         assert_eq!(
@@ -371,23 +366,29 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ebbs_is_never_replaced() {
-        let host = Host::with(&[("/opt/ebb/bin/ebb", has("another"))]);
+    fn files_of_others_are_never_replaced() {
+        let host = Host::with(&[("/opt/ebb/bin/ebb-cri-proxy", has("another"))]);
         let conflict = install(&desired(), &[], |p| host.is(p)).unwrap_err();
-        assert_eq!(conflict, Conflict::Foreign("/opt/ebb/bin/ebb".into()));
-        let made = [Made::File {
-            path: "/opt/ebb/bin/ebb".into(),
+        assert_eq!(
+            conflict,
+            Conflict::Foreign("/opt/ebb/bin/ebb-cri-proxy".into())
+        );
+        let made = [Artifact::File {
+            path: "/opt/ebb/bin/ebb-cri-proxy".into(),
             digest: digest(b"program"),
         }];
         let conflict = install(&desired(), &made, |p| host.is(p)).unwrap_err();
-        assert_eq!(conflict, Conflict::Changed("/opt/ebb/bin/ebb".into()));
-        let odd = Host::with(&[("/opt/ebb/bin/ebb", Is::Other)]);
+        assert_eq!(
+            conflict,
+            Conflict::Changed("/opt/ebb/bin/ebb-cri-proxy".into())
+        );
+        let odd = Host::with(&[("/opt/ebb/bin/ebb-cri-proxy", PathState::Other)]);
         assert!(install(&desired(), &[], |p| odd.is(p)).is_err());
     }
 
     #[test]
-    fn what_is_there_already_is_not_ebbs_to_remove() {
-        let mut host = Host::with(&[("/opt/ebb/bin/ebb", has("program"))]);
+    fn a_file_that_existed_before_is_not_removed() {
+        let mut host = Host::with(&[("/opt/ebb/bin/ebb-cri-proxy", has("program"))]);
         let before = host.clone();
         let plan = install(&desired(), &[], |p| host.is(p)).unwrap();
         assert_eq!(plan.left.len(), 1);
@@ -397,16 +398,16 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_changed_is_left_and_named_and_so_is_its_directory() {
-        let mut host = Host::with(&[("/etc/s/other", has("x")), ("/opt", Is::Directory)]);
+    fn a_changed_file_is_left_with_its_directory_and_is_reported() {
+        let mut host = Host::with(&[("/etc/s/other", has("x")), ("/opt", PathState::Directory)]);
         let plan = install(&desired(), &[], |p| host.is(p)).unwrap();
         host.carry_out(&plan);
-        let changed = Path::new("/opt/ebb/bin/ebb");
+        let changed = Path::new("/opt/ebb/bin/ebb-cri-proxy");
         host.put(changed, has("patched"));
         let undo = undo(&plan.made, |p| host.is(p));
         host.carry_out(&undo);
-        assert_eq!(undo.left, [(changed.to_owned(), "somebody changed it")]);
+        assert_eq!(undo.left, [(changed.to_owned(), "it was changed since")]);
         assert_eq!(host.is(changed), has("patched"));
-        assert_eq!(host.is(Path::new("/etc/s/ebb.service")), Is::Absent);
+        assert_eq!(host.is(Path::new("/etc/s/ebb.service")), PathState::Absent);
     }
 }

@@ -1,4 +1,5 @@
-//! What an installation did to the host: written before it is done, and read to undo exactly that.
+//! The record of what an installation changes on the host. `ebb install-cri` writes it before the changes, and
+//! `ebb uninstall-cri` undoes exactly these.
 
 use std::{
     fs, io,
@@ -7,65 +8,52 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::files;
+use crate::linux::files;
 
-/// Where it is kept. Not below /etc, which is for people, nor /run, which a reboot empties.
-pub const STATE_FILE: &str = "/var/lib/ebb/install-cri.json";
+/// Not below /etc, which administrators edit, nor /run, which a reboot empties.
+pub(super) const STATE_FILE: &str = "/var/lib/ebb/install-cri.json";
 
-/// The name of this shape.
 const SCHEMA: &str = "ebb.dev/install-cri/v1";
 
-/// Something that an installation made. It did not exist before.
+/// Something that an installation made and that did not exist before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum Made {
+pub(super) enum Artifact {
     /// A directory. Removed when it is empty.
-    Directory {
-        /// Its path on the host.
-        path: PathBuf,
-    },
+    Directory { path: PathBuf },
     /// A file. Removed if it still has these bytes.
     File {
-        /// Its path on the host.
         path: PathBuf,
         /// SHA-256.
         digest: String,
     },
     /// A symbolic link. Removed if it still points there.
-    Link {
-        /// Its path on the host.
-        path: PathBuf,
-        /// Where it points.
-        target: PathBuf,
-    },
+    Link { path: PathBuf, target: PathBuf },
 }
 
-impl Made {
-    /// Its path on the host.
-    pub fn path(&self) -> &Path {
+impl Artifact {
+    pub(super) fn path(&self) -> &Path {
         match self {
             Self::Directory { path } | Self::File { path, .. } | Self::Link { path, .. } => path,
         }
     }
 }
 
-/// An installation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
+pub(super) struct InstallState {
     schema: String,
-    /// The version of ebb that was installed.
-    pub version: String,
-    /// The runtime's socket, which the proxy passes calls to.
-    pub runtime: PathBuf,
+    /// The version of ebb.
+    pub(super) version: String,
+    /// The runtime's socket, to which the proxy forwards calls.
+    pub(super) runtime: PathBuf,
     /// The proxy's socket.
-    pub socket: PathBuf,
-    /// What was made, in that order.
-    pub made: Vec<Made>,
+    pub(super) socket: PathBuf,
+    /// In the order of creation.
+    pub(super) made: Vec<Artifact>,
 }
 
-impl State {
-    /// An installation of this version of ebb.
-    pub fn new(runtime: PathBuf, socket: PathBuf, made: Vec<Made>) -> Self {
+impl InstallState {
+    pub(super) fn new(runtime: PathBuf, socket: PathBuf, made: Vec<Artifact>) -> Self {
         Self {
             schema: SCHEMA.into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -79,9 +67,10 @@ impl State {
     ///
     /// # Errors
     ///
-    /// It can't be read, or is not one that this version of ebb knows.
-    pub fn load(root: &Path) -> io::Result<Option<Self>> {
-        let bytes = match files::under(root, Path::new(STATE_FILE)).and_then(fs::read) {
+    /// The file can't be read, or has another schema.
+    pub(super) fn load(root: &Path) -> io::Result<Option<Self>> {
+        let bytes = match files::resolve_in_nofollow(root, Path::new(STATE_FILE)).and_then(fs::read)
+        {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             read => read?,
         };
@@ -93,14 +82,14 @@ impl State {
         Ok(Some(state))
     }
 
-    /// Writes the state. Its directory has to be there.
-    ///
-    /// # Errors
-    ///
-    /// The system's.
-    pub fn save(&self, root: &Path) -> io::Result<()> {
+    /// Writes the state into its directory, which must exist.
+    pub(super) fn save(&self, root: &Path) -> io::Result<()> {
         let mut bytes = serde_json::to_vec_pretty(self)?;
         bytes.push(b'\n');
-        files::write(&files::under(root, Path::new(STATE_FILE))?, &bytes, 0o644)
+        files::write(
+            &files::resolve_in_nofollow(root, Path::new(STATE_FILE))?,
+            &bytes,
+            0o644,
+        )
     }
 }

@@ -1,10 +1,13 @@
-//! Reading offsets of structure fields out of the kernel's BTF.
+//! Reads offsets of structure fields from the kernel's BTF.
 //!
-//! A header, then a table of types, then a table of strings (Documentation/bpf/btf.rst). Each type is three
-//! words (name, kind and number of parts, size or type) and the parts of its kind. Types are numbered from 1
-//! in the order of the table, and where a type begins is known only by walking there.
+//! BTF is a header, a table of types and a table of strings (Documentation/bpf/btf.rst). Each type is three words
+//! (name, kind and number of parts, size or type), followed by the parts of its kind. Types are numbered from 1 in
+//! the order of the table. Their lengths vary, so the start of a type is only known after parsing all types before
+//! it.
 
-use super::bytes::Bytes;
+use std::collections::HashMap;
+
+use super::cursor::Cursor;
 
 const MAGIC: u16 = 0xeb9f;
 
@@ -15,29 +18,42 @@ const KIND_TYPEDEF: u32 = 8;
 /// A parsed BTF blob.
 #[derive(Debug)]
 pub(super) struct Btf<'a> {
-    types: Bytes<'a>,
-    strings: Bytes<'a>,
-    /// Where each type begins in `types`; type 0 is void and has no place.
+    types: Cursor<'a>,
+    strings: Cursor<'a>,
+    /// Where each type starts in `types`. Type 0 is void and has no entry there.
     starts: Vec<u32>,
+    /// Structures and typedefs by name.
+    named: HashMap<&'a [u8], Vec<u32>>,
 }
 
-/// The three words that every type begins with.
+/// The location of a field in its structure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Field {
+    /// Its offset in bits.
+    pub(super) bits: u32,
+    /// Its size in bits if it is a bit field, else 0.
+    pub(super) size: u32,
+    /// Number of its type.
+    type_id: u32,
+}
+
+/// The three words that every type starts with.
 struct Type {
     name: u32,
     kind: u32,
     /// How many parts follow.
     parts: usize,
-    /// Bit field sizes are in the upper byte of the members' offsets.
+    /// Whether the upper byte of the members' offsets has the sizes of bit fields.
     kind_flag: bool,
-    /// A size or a type, by kind.
+    /// A size or a type, depending on the kind.
     size_or_type: u32,
 }
 
 impl<'a> Btf<'a> {
-    /// Indexes the types. `None` if this is no BTF of this machine's byte order, or has kinds of types that
-    /// are newer than this code: then nothing behind them can be found.
+    /// Indexes the types. `None` if the blob is not BTF of this machine's byte order, or has a kind of type that this
+    /// code does not know, since then the types after it can't be found.
     pub(super) fn parse(blob: &'a [u8]) -> Option<Self> {
-        let mut header = Bytes(blob);
+        let mut header = Cursor(blob);
         if header.u16()? != MAGIC {
             return None;
         }
@@ -45,53 +61,69 @@ impl<'a> Btf<'a> {
         let header_length = header.u32()? as usize;
         let (types_at, types_length) = (header.u32()? as usize, header.u32()? as usize);
         let (strings_at, strings_length) = (header.u32()? as usize, header.u32()? as usize);
-        let body = Bytes(blob).at(header_length)?;
+        let body = Cursor(blob).at(header_length)?;
         let mut btf = Self {
-            types: Bytes(body.at(types_at)?.take(types_length)?),
-            strings: Bytes(body.at(strings_at)?.take(strings_length)?),
+            types: Cursor(body.at(types_at)?.take(types_length)?),
+            strings: Cursor(body.at(strings_at)?.take(strings_length)?),
             starts: vec![0],
+            named: HashMap::new(),
         };
         let mut rest = btf.types;
         while !rest.0.is_empty() {
             let start = btf.types.0.len() - rest.0.len();
+            let id = u32::try_from(btf.starts.len()).ok()?;
             btf.starts.push(u32::try_from(start).ok()?);
             let t = Type::read(&mut rest)?;
+            if matches!(t.kind, KIND_STRUCT | KIND_TYPEDEF) {
+                btf.named.entry(btf.name(t.name)?).or_default().push(id);
+            }
             rest.take(t.length_of_parts()?)?;
         }
         Some(btf)
     }
 
-    /// Offset in bytes of a field in the structure, or typedef of one, called `structure`; also where it sits
-    /// in anonymous structures and unions. `None` if it is missing or a bit field.
-    pub(super) fn offset_of(&self, structure: &str, field: &str) -> Option<u32> {
-        (1..self.starts.len()).find_map(|id| {
-            let id = u32::try_from(id).ok()?;
-            let (t, _) = self.get(id)?;
-            let wanted = matches!(t.kind, KIND_STRUCT | KIND_TYPEDEF)
-                && self.name(t.name)? == structure.as_bytes();
-            wanted.then(|| self.member_offset(id, field))?
-        })
+    /// Offset in bytes of a field in the structure, or typedef of one, that is called `structure`. Finds fields in
+    /// anonymous structures and unions, too. The path `a.b` is the field `b` of the structure `a`. `None` if the
+    /// field is missing or a bit field.
+    pub(super) fn offset_of(&self, structure: &str, path: &str) -> Option<u32> {
+        let field = self.field(structure, path)?;
+        (field.size == 0 && field.bits % 8 == 0).then_some(field.bits / 8)
+    }
+
+    /// As [`Self::offset_of`], but accepts bit fields.
+    pub(super) fn field(&self, structure: &str, path: &str) -> Option<Field> {
+        let ids = self.named.get(structure.as_bytes())?;
+        ids.iter().find_map(|id| self.at_path(*id, path))
     }
 
     /// Whether there is a typedef of this name.
     pub(super) fn has_typedef(&self, name: &str) -> bool {
-        (1..self.starts.len()).any(|id| {
-            let found = u32::try_from(id).ok().and_then(|id| self.get(id));
-            found.is_some_and(|(t, _)| {
-                t.kind == KIND_TYPEDEF && self.name(t.name) == Some(name.as_bytes())
-            })
+        let ids = self.named.get(name.as_bytes()).into_iter().flatten();
+        let mut types = ids.filter_map(|id| self.get(*id));
+        types.any(|(t, _)| t.kind == KIND_TYPEDEF)
+    }
+
+    fn at_path(&self, id: u32, path: &str) -> Option<Field> {
+        let Some((first, rest)) = path.split_once('.') else {
+            return self.member(id, path);
+        };
+        let outer = self.member(id, first)?;
+        let inner = self.at_path(outer.type_id, rest)?;
+        Some(Field {
+            bits: outer.bits + inner.bits,
+            ..inner
         })
     }
 
-    fn member_offset(&self, id: u32, field: &str) -> Option<u32> {
+    fn member(&self, id: u32, field: &str) -> Option<Field> {
         let (t, mut members) = self.get(id)?;
         match t.kind {
-            KIND_TYPEDEF => return self.member_offset(t.size_or_type, field),
+            KIND_TYPEDEF => return self.member(t.size_or_type, field),
             KIND_STRUCT | KIND_UNION => {}
             _ => return None,
         }
         for _ in 0..t.parts {
-            let (name, of, offset) = (members.u32()?, members.u32()?, members.u32()?);
+            let (name, type_id, offset) = (members.u32()?, members.u32()?, members.u32()?);
             let (bits, size) = if t.kind_flag {
                 (offset & 0xff_ffff, offset >> 24)
             } else {
@@ -99,19 +131,26 @@ impl<'a> Btf<'a> {
             };
             let name = self.name(name)?;
             if name == field.as_bytes() {
-                return (size == 0 && bits % 8 == 0).then_some(bits / 8);
+                return Some(Field {
+                    bits,
+                    size,
+                    type_id,
+                });
             }
             if name.is_empty()
-                && let Some(inner) = self.member_offset(of, field)
+                && let Some(inner) = self.member(type_id, field)
             {
-                return Some(bits / 8 + inner);
+                return Some(Field {
+                    bits: bits + inner.bits,
+                    ..inner
+                });
             }
         }
         None
     }
 
-    /// A type and what follows its first three words.
-    fn get(&self, id: u32) -> Option<(Type, Bytes<'a>)> {
+    /// The first three words of a type, and the bytes after them.
+    fn get(&self, id: u32) -> Option<(Type, Cursor<'a>)> {
         let start = *self.starts.get(id as usize).filter(|_| id != 0)?;
         let mut at = self.types.at(start as usize)?;
         Some((Type::read(&mut at)?, at))
@@ -127,7 +166,7 @@ impl<'a> Btf<'a> {
 }
 
 impl Type {
-    fn read(from: &mut Bytes<'_>) -> Option<Self> {
+    fn read(from: &mut Cursor<'_>) -> Option<Self> {
         let (name, info, size_or_type) = (from.u32()?, from.u32()?, from.u32()?);
         Some(Self {
             name,
@@ -138,7 +177,7 @@ impl Type {
         })
     }
 
-    /// In bytes. `None` for a kind that did not exist when this was written (Linux 6.18 has up to 19).
+    /// In bytes. `None` for an unknown kind (Linux 6.18 has kinds up to 19).
     fn length_of_parts(&self) -> Option<usize> {
         Some(match self.kind {
             1 | 14 | 17 => 4,          // integer, variable, declaration tag
@@ -155,15 +194,17 @@ impl Type {
 mod tests {
     use super::*;
 
-    /// BTF with `struct outer { int a; struct { int b:3; int c; }; }` and `typedef struct outer alias`.
+    /// BTF with `struct outer { int a; struct { int b:3; int c; }; }`, `typedef struct outer alias` and
+    /// `struct whole { int a; alias outer; }`.
     fn blob() -> Vec<u8> {
-        let strings = b"\0int\0outer\0a\0b\0c\0alias\0";
+        let strings = b"\0int\0outer\0a\0b\0c\0alias\0whole\0";
         let info = |kind: u32, parts: u32, flag: u32| flag << 31 | kind << 24 | parts;
         let types: Vec<u32> = [
             vec![1, info(1, 0, 0), 4, 32],
             vec![5, info(4, 2, 0), 12, 11, 1, 0, 0, 3, 32],
             vec![0, info(4, 2, 1), 8, 13, 1, 3 << 24, 15, 1, 32],
             vec![17, info(8, 0, 0), 2],
+            vec![23, info(4, 2, 0), 16, 11, 1, 0, 5, 4, 32],
         ]
         .concat();
         let types: Vec<u8> = types.iter().flat_map(|w| w.to_ne_bytes()).collect();
@@ -185,6 +226,7 @@ mod tests {
         assert_eq!(btf.offset_of("outer", "a"), Some(0));
         assert_eq!(btf.offset_of("outer", "c"), Some(8));
         assert_eq!(btf.offset_of("alias", "c"), Some(8));
+        assert_eq!(btf.offset_of("whole", "outer.c"), Some(12));
         assert!(btf.has_typedef("alias") && !btf.has_typedef("outer"));
     }
 
@@ -193,12 +235,14 @@ mod tests {
         let blob = blob();
         let btf = Btf::parse(&blob).unwrap();
         assert_eq!(btf.offset_of("outer", "b"), None);
+        let bits = btf.field("outer", "b").map(|f| (f.bits, f.size));
+        assert_eq!(bits, Some((32, 3)));
         assert_eq!(btf.offset_of("outer", "d"), None);
         assert_eq!(btf.offset_of("inner", "a"), None);
     }
 
     #[test]
-    fn cut_or_foreign_bytes_are_refused_and_never_read_past_their_end() {
+    fn truncated_or_foreign_bytes_are_refused_and_not_read_past_their_end() {
         let whole = blob();
         for length in 0..whole.len() {
             if let Some(btf) = Btf::parse(&whole[..length]) {

@@ -1,82 +1,84 @@
-//! Closing an idle connection for its owner, so that nobody notices but the two ends.
+//! Makes the owner of an idle connection close it.
 //!
-//! The reading side of the socket is shut down (`SHUT_RD`) through a duplicate of the owner's descriptor:
-//! the server reads the end of the stream, closes, and the peer gets an orderly FIN. Shutting down the
-//! writing side, or destroying the socket, would lose a request that has just arrived. This way it is read,
-//! but many servers give up a request when they read the end of the stream before they have answered, and a
-//! request may arrive until they do. So from before the last look on, what the peer sends is dropped before it
-//! gets to the socket ([`Deaf`]): either the connection turns out to have moved, and the peer sends it again,
-//! or the server closes, without having seen the half of it.
+//! ebb shuts down the read side of the socket (`SHUT_RD`) through a duplicate of the owner's descriptor. The server
+//! then reads the end of the stream and closes, and the peer gets an orderly FIN. Shutting down the write side, or
+//! destroying the socket, would lose a request that has just arrived.
+//!
+//! With `SHUT_RD` the server still reads such a request, but many servers abandon a request when they read the end of
+//! the stream before they have answered. So before the last check, a socket filter starts to drop what the peer sends
+//! ([`Blocked`]). If the check finds that the connection has changed, the filter is removed, and the peer
+//! retransmits. Otherwise the server closes without having seen any part of a request.
 
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
+    net::SocketAddr,
     os::fd::OwnedFd,
-    sync::Mutex,
     time::Duration,
 };
 
 use aya::programs::SocketFilter;
+use ebb_core::{
+    clock::BootTime,
+    flow::{Flow, Sample, TcpState},
+    ids::{NetnsInode, SocketCookie},
+};
 use rustix::{
     net::{Shutdown, shutdown, sockopt::socket_cookie},
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
-
 use tokio_util::sync::CancellationToken;
 
-use super::{Netns, filter, pool::DiagPool, programs::Programs, sock_diag::SockDiag};
-use crate::{
-    clock::BootTime,
-    flow::{Flow, Sample, TcpState},
-    ids::{NetnsInode, SocketCookie},
-    lock::lock,
-};
+use super::{programs::Programs, socket_dump::look_up_connections};
+use crate::linux::{netns::Netns, socket_filter};
 
-/// Who has a socket open: a process and the number of a descriptor of its.
-type Owner = (Pid, i32);
+/// A process that has a socket open, and the number of its descriptor.
+type SocketOwner = (Pid, i32);
 
-/// Closes those of `idle` that have not moved since they were looked at, and returns which. Those whose owner filters
-/// what they get are left alone. Ends where it is once there is nothing to close them for any more.
-pub(super) fn idle(
-    programs: &Mutex<Programs>,
-    pool: &DiagPool,
+/// Closes those of `idle` that have not changed since the dump that showed them, and returns which. Skips sockets
+/// with a filter of their owner's. Stops when `over` is cancelled.
+pub(super) fn close_idle(
+    programs: &Programs,
+    netns: &Netns,
     idle: &[Flow],
     over: &CancellationToken,
 ) -> io::Result<Vec<SocketCookie>> {
-    pool.ask(|diag| close(programs, diag, pool.netns().inode(), idle, over))
+    netns.run(|| close(programs, netns.inode(), idle, over))
 }
 
+/// Must run in the namespace.
 fn close(
-    programs: &Mutex<Programs>,
-    diag: &mut SockDiag,
+    programs: &Programs,
     netns: NetnsInode,
     idle: &[Flow],
     over: &CancellationToken,
 ) -> io::Result<Vec<SocketCookie>> {
-    let mut at_rest = HashMap::new();
-    for flow in idle {
-        if let Some(sample) = diag.find(flow.local, flow.remote)?
-            && is_untouched(&sample, flow)
+    let flows: HashMap<_, _> = idle.iter().map(|flow| (flow.cookie, flow)).collect();
+    let tuples: Vec<(SocketAddr, SocketAddr)> = idle.iter().map(|f| (f.local, f.remote)).collect();
+    let mut unchanged = HashMap::new();
+    for sample in look_up_connections(&programs.inspector, &tuples)? {
+        if let Some(flow) = flows.get(&sample.cookie)
+            && is_unchanged(&sample, flow)
         {
-            at_rest.insert(sample.inode, flow);
+            unchanged.insert(sample.inode, *flow);
         }
     }
-    let owners = owners(netns, &at_rest.keys().copied().collect());
-    let closed = each(at_rest.into_iter(), over, |(inode, flow)| {
+    let owners = owners(netns, &unchanged.keys().copied().collect());
+    let closed = close_each(unchanged.into_iter(), over, |(inode, flow)| {
         let Some(socket) = owners.get(&inode).and_then(|owner| duplicate(*owner, flow)) else {
             return Ok(None);
         };
-        // Finding the owner took a while: look once more, now that nothing can arrive.
-        let Ok(deaf) = Deaf::new(&socket, programs) else {
+        // Finding the owner took a while. Check again, now that no payload can arrive.
+        let Ok(blocked) = Blocked::new(&socket, programs) else {
             return Ok(None);
         };
-        let still = diag.find(flow.local, flow.remote)?;
-        // It may have been reset in this very moment.
-        if still.is_some_and(|s| is_untouched(&s, flow))
-            && deaf.lasts()
+        let now = look_up_connections(&programs.inspector, &[(flow.local, flow.remote)])?;
+        // `shutdown` fails if the connection was reset after the check.
+        if now.iter().any(|s| is_unchanged(s, flow))
+            && blocked.leaves_time_to_shut_down()
             && shutdown(&socket, Shutdown::Read).is_ok()
         {
-            deaf.for_good();
+            blocked.make_permanent();
             return Ok(Some(flow.cookie));
         }
         Ok(None)
@@ -84,16 +86,16 @@ fn close(
     Ok(closed)
 }
 
-/// Closes one after the other, until it is over or the kernel does not answer any more; returns which were closed by then,
-/// since those are to be told of in any case.
-fn each<T>(
+/// Closes one after the other, until `over` is cancelled or a lookup fails. In either case returns which were closed,
+/// because the drain reports them.
+fn close_each<T>(
     idle: impl Iterator<Item = T>,
     over: &CancellationToken,
     mut close: impl FnMut(T) -> io::Result<Option<SocketCookie>>,
 ) -> Vec<SocketCookie> {
     let mut closed = Vec::new();
-    for one in idle.take_while(|_| !over.is_cancelled()) {
-        match close(one) {
+    for flow in idle.take_while(|_| !over.is_cancelled()) {
+        match close(flow) {
             Ok(cookie) => closed.extend(cookie),
             Err(e) => {
                 tracing::debug!("closing idle connections: {e}");
@@ -104,10 +106,10 @@ fn each<T>(
     closed
 }
 
-/// Nothing has moved on the connection since the look that called it idle.
-fn is_untouched(sample: &Sample, flow: &Flow) -> bool {
+/// Whether the connection is as in the dump that showed it idle.
+fn is_unchanged(sample: &Sample, flow: &Flow) -> bool {
     sample.cookie == flow.cookie
-        // A half-closed one has nothing to read any more: its owner knows already.
+        // The owner of a half-closed connection has read the end of the stream already.
         && sample.state == TcpState::Established
         && sample.unread == 0
         && sample.unacked == 0
@@ -115,30 +117,31 @@ fn is_untouched(sample: &Sample, flow: &Flow) -> bool {
         && sample.bytes_acked == flow.bytes_out
 }
 
-/// How long a socket stays deaf if this process comes to its end meanwhile: then nobody lets it hear again. Looking and
-/// shutting down take some microseconds, more where another process keeps sock_diag busy.
-const DEAF_FOR: Duration = Duration::from_millis(500);
+/// After this time the filter lets payload through again, in case the agent is killed and can't detach it. The check
+/// and the shutdown take microseconds, or milliseconds on a busy node.
+const BLOCK_TIME: Duration = Duration::from_millis(500);
 
-/// What has to be left of it for shutting down.
-const TO_SHUT_DOWN: Duration = Duration::from_millis(100);
+/// How much of [`BLOCK_TIME`] must be left for the shutdown.
+const SHUTDOWN_TIME: Duration = Duration::from_millis(100);
 
-/// A socket that gets no payload until this is dropped, or [`DEAF_FOR`] is over. Everything else gets through:
-/// acknowledgements, a FIN, a reset. What is dropped is not acknowledged, and the peer repeats it after 200 ms or more.
-struct Deaf<'a> {
+/// A socket that receives no payload until this handle is dropped or [`BLOCK_TIME`] has passed. Acknowledgements, FIN
+/// and RST get through. The kernel does not acknowledge dropped payload, so the peer retransmits it after 200 ms or
+/// more.
+struct Blocked<'a> {
     socket: &'a OwnedFd,
-    programs: &'a Mutex<Programs>,
+    programs: &'a Programs,
     since: BootTime,
 }
 
-impl<'a> Deaf<'a> {
-    /// Fails where the owner has locked the socket's filter, or has one of its own, which this one would replace.
-    /// So does a socket that an agent which came to its end had made deaf.
-    fn new(socket: &'a OwnedFd, programs: &'a Mutex<Programs>) -> io::Result<Self> {
-        if filter::is_set(socket) {
+impl<'a> Blocked<'a> {
+    /// Fails if the owner has locked the socket's filter, or has attached a filter, which this one would replace. Also
+    /// fails if the socket still has the filter of a killed agent.
+    fn new(socket: &'a OwnedFd, programs: &'a Programs) -> io::Result<Self> {
+        if socket_filter::is_set(socket) {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let since = BootTime::now();
-        lock(programs).deafen(socket, since + DEAF_FOR)?;
+        programs.block_receive_until(socket, since + BLOCK_TIME)?;
         Ok(Self {
             socket,
             programs,
@@ -146,32 +149,32 @@ impl<'a> Deaf<'a> {
         })
     }
 
-    /// Whether it is sure to be deaf until the caller has shut it down.
-    fn lasts(&self) -> bool {
-        BootTime::now().since(self.since) + TO_SHUT_DOWN < DEAF_FOR
+    /// Whether the socket stays blocked until the caller has shut it down.
+    fn leaves_time_to_shut_down(&self) -> bool {
+        BootTime::now().since(self.since) + SHUTDOWN_TIME < BLOCK_TIME
     }
 
-    /// There is nothing to be read from it any more.
-    fn for_good(self) {
-        if let Err(e) = lock(self.programs).deafen_for_good(self.socket) {
-            tracing::debug!("a connection that is being closed may hear what comes late: {e}");
+    /// Blocks the socket until it is closed: its owner must not read anything any more.
+    fn make_permanent(self) {
+        if let Err(e) = self.programs.block_receive(self.socket) {
+            tracing::debug!("a connection that is being closed may still receive payload: {e}");
         }
         std::mem::forget(self);
     }
 }
 
-impl Drop for Deaf<'_> {
+impl Drop for Blocked<'_> {
     fn drop(&mut self) {
         if let Err(e) = SocketFilter::detach(self.socket) {
-            tracing::warn!("can't let a connection hear again: {e}");
+            tracing::warn!("can't detach the filter that drops a connection's payload: {e}");
         }
     }
 }
 
-/// A descriptor for each socket, among the processes of the namespace. Which of several does not matter.
-fn owners(netns: NetnsInode, sockets: &HashSet<u32>) -> HashMap<u32, Owner> {
+/// One owner of each socket, by inode, among the processes of the namespace.
+fn owners(netns: NetnsInode, sockets: &HashSet<u32>) -> HashMap<u32, SocketOwner> {
     let mut found = HashMap::new();
-    // Processes and descriptors come and go while this looks: what can't be read is gone.
+    // Processes exit and descriptors are closed during the search, so errors are ignored.
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
             continue;
@@ -206,8 +209,8 @@ fn socket_inode(fd: &fs::DirEntry) -> Option<u32> {
     inode.parse().ok()
 }
 
-/// A duplicate of the owner's descriptor, if it still is this flow's socket: numbers are reused.
-fn duplicate((process, number): Owner, flow: &Flow) -> Option<OwnedFd> {
+/// Duplicates the owner's descriptor, if it still is this flow's socket. Pids and descriptor numbers are reused.
+fn duplicate((process, number): SocketOwner, flow: &Flow) -> Option<OwnedFd> {
     let pidfd = pidfd_open(process, PidfdFlags::empty()).ok()?;
     let socket = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).ok()?;
     (socket_cookie(&socket).ok()? == flow.cookie.0).then_some(socket)
@@ -218,15 +221,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_closed_is_told_of_also_if_the_kernel_then_fails_or_the_drain_is_over() {
+    fn closed_flows_are_returned_even_if_a_lookup_fails_later_or_the_drain_is_over() {
         let over = CancellationToken::new();
-        let closed = each(1..9, &over, |n| match n {
+        let closed = close_each(1..9, &over, |n| match n {
             2 => Ok(None),
             4 => Err(io::ErrorKind::TimedOut.into()),
             n => Ok(Some(SocketCookie(n))),
         });
         assert_eq!(closed, [SocketCookie(1), SocketCookie(3)]);
-        let closed = each(1..9, &over, |n| {
+        let closed = close_each(1..9, &over, |n| {
             over.cancel();
             Ok(Some(SocketCookie(n)))
         });

@@ -1,6 +1,7 @@
-//! Finding the kubelet's cgroup, by which its probes are known.
+//! Finds the kubelet's cgroup, by which ebb recognises its probes.
 
 use std::{
+    collections::HashSet,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -10,40 +11,43 @@ use std::{
     },
 };
 
-use ebb_common::KUBELET_CGROUPS;
+use ebb_core::ids::CgroupId;
 
-use super::cgroups::{is_cgroup2, walk};
-use crate::{ids::CgroupId, lock::lock};
+use crate::linux::{
+    cgroups::{is_cgroup2, walk},
+    sync::lock,
+};
 
-/// What its cgroup is called: systemd's unit, or what `--kubelet-cgroups` commonly says.
+/// Names of the kubelet's cgroup: that of the systemd unit, and the usual value of `--kubelet-cgroups`.
 const NAMES: [&str; 2] = ["kubelet.service", "kubelet"];
 
-/// How far below the root it may be: `/runtime.slice/kubelet.service`, and one level to spare.
-const DEPTH: usize = 3;
+/// How deep to search. `/runtime.slice/kubelet.service` is at 2; one level is added to be safe.
+const MAX_DEPTH: usize = 3;
 
-/// No kubelet is in these, and what is in them is named by others.
-const NOT_IN: [&str; 3] = ["kubepods", "user.slice", "machine.slice"];
+/// How many cgroups of these names count.
+const MAX_FOUND: usize = 64;
 
-/// Where the kubelet's cgroup is looked for.
+/// Not searched: the kubelet is not in these, and pods and users choose the names in them.
+const SKIPPED: [&str; 3] = ["kubepods", "user.slice", "machine.slice"];
+
+/// Where to search for the kubelet's cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KubeletCgroup {
     /// The mount of cgroup v2.
     pub root: PathBuf,
-    /// The one cgroup, from the root, if it was named. It is all that counts then.
+    /// The path of the cgroup below the root, if it is configured. Then ebb searches for no other.
     pub named: Option<PathBuf>,
 }
 
-/// A cgroup found.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Found {
-    /// From the root.
-    pub(super) path: PathBuf,
-    pub(super) id: CgroupId,
+struct FoundCgroup {
+    /// Below the root.
+    path: PathBuf,
+    id: CgroupId,
 }
 
-/// Why there is none.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NotFound {
+enum NotFound {
     #[error("{} is not cgroup v2", .0.display())]
     NotCgroup2(PathBuf),
     #[error("there is no cgroup {}", .0.display())]
@@ -53,25 +57,25 @@ pub(super) enum NotFound {
 }
 
 impl KubeletCgroup {
-    /// Finds it: the ids of these cgroups themselves, not of those below them, which are not the kubelet's (kind
-    /// has its pods below `/kubelet`). Blocking, like all file access.
-    pub(super) fn find(&self) -> Result<Vec<Found>, NotFound> {
+    /// Finds the kubelet's cgroups. Those below them are not the kubelet's: kind has its pods below `/kubelet`.
+    /// Blocking.
+    fn find(&self) -> Result<Vec<FoundCgroup>, NotFound> {
         if !is_cgroup2(&self.root) {
             return Err(NotFound::NotCgroup2(self.root.clone()));
         }
         self.search()
     }
 
-    fn search(&self) -> Result<Vec<Found>, NotFound> {
+    fn search(&self) -> Result<Vec<FoundCgroup>, NotFound> {
         if let Some(named) = &self.named {
             let relative = named.strip_prefix("/").unwrap_or(named);
             let path = self.root.join(relative);
             let id = id(&path).map_err(|_| NotFound::Named(path))?;
             let path = Path::new("/").join(relative);
-            return Ok(vec![Found { path, id }]);
+            return Ok(vec![FoundCgroup { path, id }]);
         }
         let mut found = Vec::new();
-        // What can't be read is nobody's.
+        // The kubelet's cgroup is not in one that can't be read.
         let _ = walk(&self.root, &mut |entry| {
             let (name, at) = (entry.file_name(), entry.path());
             let (Some(name), Ok(path)) = (name.to_str(), at.strip_prefix(&self.root)) else {
@@ -79,13 +83,13 @@ impl KubeletCgroup {
             };
             if NAMES.contains(&name) {
                 let path = Path::new("/").join(path);
-                found.extend(id(&at).map(|id| Found { path, id }));
+                found.extend(id(&at).map(|id| FoundCgroup { path, id }));
                 return false;
             }
-            path.components().count() < DEPTH && !NOT_IN.iter().any(|not| name.starts_with(not))
+            path.components().count() < MAX_DEPTH && !SKIPPED.iter().any(|s| name.starts_with(s))
         });
         found.sort();
-        found.truncate(KUBELET_CGROUPS);
+        found.truncate(MAX_FOUND);
         if found.is_empty() {
             return Err(NotFound::Nowhere(self.root.clone()));
         }
@@ -98,71 +102,68 @@ fn id(dir: &Path) -> io::Result<CgroupId> {
     Ok(CgroupId(fs::metadata(dir)?.ino()))
 }
 
-/// The cgroups last found, to tell when there is something to say.
-#[derive(Debug, Default)]
-pub(super) struct Known {
-    last: Option<Vec<Found>>,
-}
+/// The result of the last search; `None` before the first.
+type KnownCgroups = Option<Vec<FoundCgroup>>;
 
-impl Known {
-    /// Takes in the outcome of a search, and returns the ids if they are others than before. What changed is
-    /// logged, once.
-    pub(super) fn update(&mut self, found: Result<Vec<Found>, NotFound>) -> Option<Vec<CgroupId>> {
-        let (found, why) = match found {
-            Ok(found) => (found, None),
-            Err(why) => (Vec::new(), Some(why)),
-        };
-        if self.last.as_ref() == Some(&found) {
-            return None;
-        }
-        match why {
-            Some(why) => tracing::warn!(
-                "the kubelet's probes count as connections: {why}; name its cgroup with --kubelet-cgroup"
-            ),
-            None => tracing::info!(
-                cgroups = ?found.iter().map(|f| &f.path).collect::<Vec<_>>(),
-                "what the kubelet dials is taken for a probe"
-            ),
-        }
-        let ids = found.iter().map(|f| f.id).collect();
-        self.last = Some(found);
-        Some(ids)
+/// Stores the result of a search. If it differs from the last one, logs it and returns true.
+fn update(known: &mut KnownCgroups, found: Result<Vec<FoundCgroup>, NotFound>) -> bool {
+    let (found, why) = match found {
+        Ok(found) => (found, None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
+    if known.as_ref() == Some(&found) {
+        return false;
     }
+    match why {
+        Some(why) => tracing::warn!(
+            "the kubelet's probes count as connections: {why}; name its cgroup with --kubelet-cgroup"
+        ),
+        None => tracing::info!(
+            cgroups = ?found.iter().map(|f| &f.path).collect::<Vec<_>>(),
+            "connections that the kubelet dials count as probes"
+        ),
+    }
+    *known = Some(found);
+    true
 }
 
-/// Searches, one at a time, and one that waits at most: who asks meanwhile has that one's outcome.
-pub(super) struct Search {
+/// Searches for the kubelet's cgroup. One search runs at a time and at most one waits; its result serves all callers
+/// that asked for a search in the meantime.
+pub(super) struct KubeletSearch {
     cgroup: KubeletCgroup,
-    known: Mutex<Known>,
-    waits: AtomicBool,
+    /// Locked while a search runs, so that an older search can't overwrite the result of a newer one.
+    searching: Mutex<()>,
+    known: Mutex<KnownCgroups>,
+    is_waiting: AtomicBool,
 }
 
-impl Search {
+impl KubeletSearch {
     pub(super) fn new(cgroup: KubeletCgroup) -> Self {
         Self {
             cgroup,
+            searching: Mutex::default(),
             known: Mutex::default(),
-            waits: AtomicBool::new(false),
+            is_waiting: AtomicBool::new(false),
         }
     }
 
-    /// Whether the caller is to see to a search. If not, somebody does already whose search has not begun.
+    /// Whether the caller must start a search. If not, one is already waiting to start.
     pub(super) fn is_due(&self) -> bool {
-        !self.waits.swap(true, Ordering::SeqCst)
+        !self.is_waiting.swap(true, Ordering::SeqCst)
     }
 
-    /// Searches, and hands the ids to `set` if they are others than before. What fails is done again by the next search.
     /// Blocking.
-    pub(super) fn run(&self, set: impl FnOnce(&[CgroupId]) -> io::Result<()>) {
-        // One at a time, so that the last one to end is not an old one.
-        let mut known = lock(&self.known);
-        self.waits.store(false, Ordering::SeqCst);
-        if let Some(ids) = known.update(self.cgroup.find())
-            && let Err(e) = set(&ids)
-        {
-            tracing::warn!("can't tell the kubelet's probes: {e}");
-            known.last = None;
-        }
+    pub(super) fn run(&self) {
+        let _searching = lock(&self.searching);
+        self.is_waiting.store(false, Ordering::SeqCst);
+        let found = self.cgroup.find();
+        update(&mut lock(&self.known), found);
+    }
+
+    /// The kubelet's cgroups by the last search.
+    pub(super) fn cgroups(&self) -> HashSet<CgroupId> {
+        let known = lock(&self.known);
+        known.iter().flatten().map(|found| found.id).collect()
     }
 }
 
@@ -171,42 +172,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_who_ask_while_a_search_waits_are_one_search() {
-        let search = Search::new(KubeletCgroup {
+    fn callers_share_the_search_that_is_waiting() {
+        let search = KubeletSearch::new(KubeletCgroup {
             root: "/nowhere".into(),
             named: None,
         });
         assert!(search.is_due());
-        assert!((0..100).all(|_| !search.is_due()), "a search for each");
-        search.run(|ids| {
-            assert!(ids.is_empty());
-            // It has begun: who asks now may know something newer.
-            assert!(search.is_due());
-            assert!(!search.is_due());
-            Ok(())
-        });
+        assert!((0..100).all(|_| !search.is_due()), "one search per caller");
+        search.run();
+        assert!(search.cgroups().is_empty());
+        // That search has started, so it may miss a newer cgroup: another one is due.
+        assert!(search.is_due());
+        assert!(!search.is_due());
     }
 
-    #[test]
-    fn what_the_programs_could_not_be_told_they_are_told_by_the_next_search() {
-        let search = Search::new(KubeletCgroup {
-            root: "/nowhere".into(),
-            named: None,
-        });
-        let told = std::cell::Cell::new(0);
-        let tell = |answer: io::Result<()>| {
-            search.run(|_| {
-                told.set(told.get() + 1);
-                answer
-            });
-            told.get()
-        };
-        assert_eq!(tell(Err(io::ErrorKind::Other.into())), 1);
-        assert_eq!(tell(Ok(())), 2);
-        assert_eq!(tell(Ok(())), 2, "nothing new");
-    }
-
-    /// A tree of directories, and what is found in it.
+    /// What a search finds in a tree of these directories.
     fn paths(dirs: &[&str], named: Option<&str>) -> Option<Vec<String>> {
         let root = tempfile::tempdir().unwrap();
         for dir in dirs {
@@ -225,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_found_where_distributions_put_it_and_not_what_is_below() {
+    fn the_cgroup_is_found_where_distributions_put_it_and_those_below_are_not() {
         for dir in [
             "kubelet",
             "kubelet.service",
@@ -239,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_or_a_user_calls_kubelet_is_not_it() {
+    fn cgroups_of_pods_and_users_do_not_count_whatever_their_name() {
         let dirs = [
             "kubepods.slice/kubelet",
             "kubepods/kubelet.service",
@@ -252,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_one_is_the_only_one_and_must_be_there() {
+    fn a_configured_cgroup_is_the_only_one_and_must_exist() {
         let dirs = ["system.slice/k3s.service", "system.slice/kubelet.service"];
         for name in ["/system.slice/k3s.service", "system.slice/k3s.service"] {
             let found = paths(&dirs, Some(name));
@@ -262,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn only_cgroup_v2_has_cgroups_to_go_by() {
+    fn a_directory_that_is_not_cgroup_v2_is_not_searched() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("kubelet")).unwrap();
         let kubelet = KubeletCgroup {
@@ -273,22 +253,19 @@ mod tests {
     }
 
     #[test]
-    fn only_a_change_is_told() {
+    fn only_a_change_is_logged() {
         let found = |id| {
             let (path, id) = ("/kubelet".into(), CgroupId(id));
-            Ok(vec![Found { path, id }])
+            Ok(vec![FoundCgroup { path, id }])
         };
         let nowhere = || Err(NotFound::Nowhere("/".into()));
-        let mut known = Known::default();
-        assert_eq!(known.update(nowhere()), Some(vec![]));
-        assert_eq!(known.update(nowhere()), None);
-        assert_eq!(known.update(found(1)), Some(vec![CgroupId(1)]));
-        assert_eq!(known.update(found(1)), None);
-        assert_eq!(
-            known.update(found(2)),
-            Some(vec![CgroupId(2)]),
-            "a restarted service"
-        );
-        assert_eq!(known.update(nowhere()), Some(vec![]));
+        let mut known = None;
+        assert!(update(&mut known, nowhere()));
+        assert!(!update(&mut known, nowhere()));
+        assert!(update(&mut known, found(1)));
+        assert!(!update(&mut known, found(1)));
+        assert!(update(&mut known, found(2)), "a restarted service");
+        assert_eq!(known.as_ref().map(|k| k[0].id), Some(CgroupId(2)));
+        assert!(update(&mut known, nowhere()));
     }
 }

@@ -1,124 +1,149 @@
-//! The kernel's side of ebb: loading the BPF programs, asking for sockets, entering namespaces.
+//! ebb's access to the kernel: loading the BPF programs, dumping sockets, entering namespaces.
 //!
-//! [`Tracker`] is the door. Edges are for speed, a look is for truth: what the programs count and report is
-//! fast and may be behind by a moment, what [`Tracker::look`] returns comes from the kernel's own tables.
+//! The API is [`Tracker`]. Events and counters of the programs are fast, but may lag by a moment. [`Tracker::dump`]
+//! reads the kernel's own tables and is authoritative.
 
-mod audit;
-mod auditor;
+mod arrivals;
 mod btf;
-mod bytes;
-pub(crate) mod cgroups;
 mod close;
-mod earlier;
+mod cursor;
+mod dump_limiter;
 mod error;
 mod events;
-mod filter;
-mod hooks;
-mod house;
-mod inhabited;
-mod inner;
+mod inspector;
 mod kubelet;
-mod looks;
-mod nested;
-mod netns;
+mod links;
+mod maintenance;
 mod offsets;
+mod open_counts;
 mod pod_listener;
-mod poll;
-mod pool;
 mod programs;
-mod prune;
 mod sock_diag;
-mod ties;
+mod socket_dump;
 mod tracker;
-mod walks;
 mod watches;
 
-use std::{net::SocketAddr, path::Path};
+use std::{io, net::SocketAddr, path::Path};
 
-pub use audit::{Audit, Drifted};
-pub use error::KernelError;
-pub use kubelet::KubeletCgroup;
-pub use netns::Netns;
-pub use pod_listener::{OwnPort, PodListener};
-pub use programs::loaded_programs;
-pub use tracker::{Options, Tracker, WorkloadCount};
+use ebb_common::user_locks;
+use ebb_core::flow::origin;
 
-use crate::{
+use ebb_core::{
     clock::BootTime,
-    flow::{Sample, TcpState},
+    flow::Sample,
     ids::{CgroupId, NetnsInode, SocketCookie, WatchId},
 };
 
-/// Whether the running kernel has the types that the BPF programs need: every field, and the tracepoint that
-/// they are attached to. Loads nothing.
-///
-/// # Errors
-///
-/// [`KernelError::NoBtf`] or [`KernelError::NoField`], whichever it lacks first.
-pub fn able() -> Result<(), KernelError> {
-    offsets::able(Path::new(offsets::VMLINUX_BTF))
+pub use error::KernelError;
+pub use kubelet::KubeletCgroup;
+pub use open_counts::WorkloadCount;
+pub(crate) use pod_listener::PodListener;
+pub(crate) use programs::loaded_programs;
+pub use tracker::{Tracker, TrackerOptions};
+
+// `ebb-core` does not depend on `ebb-common`, so it has its own copy of these bits.
+const _: () = assert!(
+    origin::BOUND_PORT == user_locks::BOUND_PORT
+        && origin::BOUND_BY_CONNECT == user_locks::BOUND_BY_CONNECT
+);
+
+/// Checks that the running kernel has every field that the BPF programs read and the tracepoint that they are
+/// attached to. Loads nothing.
+pub(crate) fn check_support() -> Result<(), KernelError> {
+    offsets::check_support(Path::new(offsets::VMLINUX_BTF))
+}
+
+/// Checks that the running kernel is new enough.
+pub(crate) fn check_release() -> Result<(), KernelError> {
+    offsets::check_release(&release())
 }
 
 /// `uname -r`.
-pub fn release() -> String {
+pub(crate) fn release() -> String {
     offsets::release()
 }
 
-/// All TCP sockets of one pod (or network namespace) at one moment, listeners included.
+/// All TCP sockets of one pod (or network namespace), listeners included.
 #[derive(Clone, Debug)]
-pub struct Look {
-    /// The moment before the kernel was asked.
+pub struct SocketDump {
+    /// Just before the dump.
     pub taken_at: BootTime,
+    /// How many state changes, of any socket, the programs had missed at `taken_at`.
+    pub missed_changes: u64,
     /// The sockets.
     pub samples: Vec<Sample>,
+    /// How traffic may pass through the pod's namespace to somewhere else, so that it has no sockets there; `None` if
+    /// nothing suggests it.
+    pub forwards: Option<String>,
 }
 
-/// What exact lookups of a few flows of a watched pod showed.
+/// The result of looking up a few flows of a watched pod.
 #[derive(Clone, Debug)]
-pub struct LookUp {
-    /// The moment before the kernel was asked.
+pub struct FlowLookUp {
+    /// Just before the lookups.
     pub taken_at: BootTime,
-    /// How many edges of this watch the kernel had counted before the lookups, those that it could not report
-    /// included, and one for each flow that was about to have its first. Who had received as many when he
-    /// asked has missed nothing until then.
-    pub edges: u64,
-    /// The sockets that exist between the addresses asked for, whichever these are now.
+    /// How many events of this watch had been sent before the lookups, including those that the full ring buffer
+    /// dropped. A caller that had received this many when it called has missed none.
+    pub sent: u64,
+    /// How many state changes, of any socket, the programs had missed after the lookups.
+    pub missed_changes: u64,
+    /// The sockets that exist between the given addresses. An address pair may have been reused by another connection.
     pub samples: Vec<Sample>,
 }
 
-/// A state change of an inbound flow of a watched workload. The kernel reports it before it stores the
-/// new state, so a look made within the same microseconds may still show the old one.
+/// Why lookups can't be relied on, so that a dump is needed.
+#[derive(Debug, thiserror::Error)]
+pub enum LookUpFailure {
+    /// With TCP fast open, a connection may carry data before the programs report it.
+    #[error("TCP fast open is on for servers of the pod")]
+    FastOpen,
+    /// Connections in cgroups that were created after the watch began are not reported.
+    #[error("the pod has created cgroups since the watch began")]
+    NewCgroups,
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Whether a [`SocketEvent`] reports an opening or a closing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Edge {
+pub enum SocketChange {
+    /// The handshake is done.
+    Opened,
+    /// The connection has ended.
+    Closed,
+}
+
+/// A connection of a watched workload was opened or closed. The program runs before the kernel stores the
+/// new state, so a dump within the same microseconds may still show the old one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketEvent {
     /// Cgroup of the socket.
     pub cgroup: CgroupId,
     /// Network namespace of the socket.
     pub netns: NetnsInode,
-    /// The watch that it was counted in.
+    /// The watch in which the event was counted.
     pub watch: WatchId,
     /// The socket.
     pub cookie: SocketCookie,
-    /// The pod's end.
+    /// Address of the pod.
     pub local: SocketAddr,
-    /// The peer.
+    /// Address of the peer.
     pub remote: SocketAddr,
-    /// State before.
-    pub from: TcpState,
-    /// State after. `FinWait2`, `TimeWait` and `Close` are the end of a flow; whatever else comes after `SynRecv`
-    /// is a new one: `Established`, or, with fast open, a state in which one end has closed already
-    /// (`tcp_rcv_state_process` in net/ipv4/tcp_input.c, `tcp_close_state` in net/ipv4/tcp.c).
-    pub to: TcpState,
-    /// The kernel's stamp.
+    /// Opened or closed.
+    pub change: SocketChange,
+    /// When the program ran.
     pub at: BootTime,
-    /// It is a connection to ebb itself: the wait port inside a pod. It counts as reported, and for nothing else.
-    pub own: bool,
+    /// The connection is one to ebb's wait port inside the pod, or a probe. The event counts as received, but does not
+    /// affect the drain.
+    pub exempt: bool,
 }
 
-/// What the kernel reports of watched workloads.
+/// What [`Tracker`] sends about watched workloads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelEvent {
-    /// A state change.
-    Edge(Edge),
-    /// Events were lost: what is known of all watched workloads must be looked at anew.
+    /// A connection was opened or closed.
+    Socket(SocketEvent),
+    /// Events were lost: dump the sockets of all watched workloads again.
     Lost,
 }

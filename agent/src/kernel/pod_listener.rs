@@ -1,8 +1,8 @@
 //! ebb's own listeners inside pods.
 //!
-//! The socket is made by a thread inside the pod's namespace, where it then belongs whoever uses it, and is
-//! served by the agent's ordinary tasks. A socket keeps its namespace alive, so a listener is not to outlive
-//! its pod: [`PodListener::accept`] ends when the pod's sandbox does.
+//! A thread inside the pod's namespace creates the socket; the agent's ordinary tasks serve it. A socket keeps its
+//! namespace alive, so a listener must not outlive its pod: [`PodListener::accept`] returns `None` when the pod's
+//! sandbox is gone.
 
 use std::{
     collections::HashMap,
@@ -12,6 +12,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use ebb_core::{flow::Sample, ids::NetnsInode};
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt},
@@ -22,33 +23,28 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{netns::Netns, poll};
-use crate::{
-    flow::{Sample, TcpState},
-    ids::NetnsInode,
-    lock::lock,
-};
+use crate::linux::{async_fd, netns::Netns, sync::lock};
 
-/// The accept queue of a listener. Only the kubelet has business there.
+/// The accept queue of a listener. Only the kubelet connects to it.
 const BACKLOG: i32 = 64;
 
-/// Both ends of a connection, the pod's first. Without what IPv6 has besides, as in the kernel's tables.
-type Ends = (SocketAddr, SocketAddr);
+/// The pod's and the peer's address of a connection, both normalised by [`plain`].
+type AddrPair = (SocketAddr, SocketAddr);
 
-/// What of a port is ebb's.
+/// ebb's use of a port.
 #[derive(Debug, Default)]
-struct Use {
+struct PortUse {
     listeners: usize,
-    /// Those that were accepted and are open. They may outlive the listener.
-    connections: HashMap<Ends, usize>,
+    /// The accepted connections that are open. They may outlive the listener.
+    connections: HashMap<AddrPair, usize>,
 }
 
-/// Which ports of which namespaces are ebb's. While ebb listens on all addresses of a port, nobody else in
-/// that namespace can, so a connection to it is one to ebb. Once it does not, the port may be the application's, and
-/// only the connections that are left are ebb's.
+/// The ports in pods' namespaces that ebb uses. While ebb listens on all addresses of a port, no other process in the
+/// namespace can, so every connection to it is one to ebb. Afterwards the application may use the port, and only the
+/// accepted connections that are still open are ebb's.
 #[derive(Debug, Default)]
 pub(super) struct OwnPorts {
-    used: Mutex<HashMap<(NetnsInode, u16), Use>>,
+    used: Mutex<HashMap<(NetnsInode, u16), PortUse>>,
 }
 
 impl OwnPorts {
@@ -59,17 +55,22 @@ impl OwnPorts {
         port.is_some_and(|used| used.has(local, remote))
     }
 
-    /// Marks the connections to ebb's own listeners among the sockets of a namespace.
+    /// Marks ebb's own listeners, and the connections to them, among the sockets of a namespace.
     pub(super) fn mark(&self, netns: NetnsInode, samples: &mut [Sample]) {
         let used = self.lock();
-        for sample in samples.iter_mut().filter(|s| s.state != TcpState::Listen) {
+        for sample in samples {
             let port = used.get(&(netns, sample.local.port()));
             sample.to_wait_port = port.is_some_and(|used| used.has(sample.local, sample.remote));
         }
     }
 
-    /// Takes a share of a port: all of it, or a connection to it.
-    fn take(self: &Arc<Self>, netns: NetnsInode, port: u16, connection: Option<Ends>) -> OwnPort {
+    /// Registers the use of a port: by a listener (`None`), or by one accepted connection.
+    fn register(
+        self: &Arc<Self>,
+        netns: NetnsInode,
+        port: u16,
+        connection: Option<AddrPair>,
+    ) -> OwnPort {
         let mut used = self.lock();
         let used = used.entry((netns, port)).or_default();
         *used.count(connection) += 1;
@@ -81,13 +82,13 @@ impl OwnPorts {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(NetnsInode, u16), Use>> {
-        // What a panic between two steps could leave is one that counts for longer than it is there.
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(NetnsInode, u16), PortUse>> {
+        // After a panic in the middle of a change, at worst a use stays registered for too long.
         lock(&self.used)
     }
 }
 
-impl Use {
+impl PortUse {
     fn has(&self, local: SocketAddr, remote: SocketAddr) -> bool {
         self.listeners > 0
             || self
@@ -95,38 +96,39 @@ impl Use {
                 .contains_key(&(plain(local), plain(remote)))
     }
 
-    fn count(&mut self, connection: Option<Ends>) -> &mut usize {
+    fn count(&mut self, connection: Option<AddrPair>) -> &mut usize {
         match connection {
-            Some(ends) => self.connections.entry(ends).or_default(),
+            Some(pair) => self.connections.entry(pair).or_default(),
             None => &mut self.listeners,
         }
     }
 
-    fn is_over(&self) -> bool {
+    fn is_unused(&self) -> bool {
         self.listeners == 0 && self.connections.is_empty()
     }
 }
 
-/// IPv4 in IPv6 becomes IPv4, and a link-local address loses its link.
+/// Turns an IPv4-mapped address into IPv4, and removes the scope id and flow label of IPv6, as in the kernel's tables.
 fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// A share in a port of ebb's: as long as it is there, the connections to it, or this one, are not the pod's.
+/// ebb's use of a port in a pod. As long as this exists, all connections to the port, or this one connection, count as
+/// ebb's and not as the pod's.
 #[derive(Debug)]
-pub struct OwnPort {
+pub(crate) struct OwnPort {
     ports: Arc<OwnPorts>,
     netns: NetnsInode,
     port: u16,
-    /// `None`: all of the port.
-    connection: Option<Ends>,
+    /// `None` for a listener.
+    connection: Option<AddrPair>,
 }
 
 impl OwnPort {
-    /// The share that one connection to this port keeps.
+    /// Registers an accepted connection to this port.
     fn connection(&self, local: SocketAddr, remote: SocketAddr) -> Self {
-        let ends = (plain(local), plain(remote));
-        self.ports.take(self.netns, self.port, Some(ends))
+        let pair = (plain(local), plain(remote));
+        self.ports.register(self.netns, self.port, Some(pair))
     }
 }
 
@@ -139,7 +141,7 @@ impl Drop for OwnPort {
         };
         *used.count(self.connection) -= 1;
         used.connections.retain(|_, n| *n > 0);
-        if used.is_over() {
+        if used.is_unused() {
             ports.remove(&key);
         }
     }
@@ -147,20 +149,21 @@ impl Drop for OwnPort {
 
 /// A listener inside a pod's network namespace.
 #[derive(Debug)]
-pub struct PodListener {
+pub(crate) struct PodListener {
     listener: TcpListener,
     own: OwnPort,
-    /// Readable once the process that keeps the namespace has ended (pidfd_open(2)).
+    /// A pidfd of the process that keeps the namespace: readable when it has exited (pidfd_open(2)).
     process: AsyncFd<OwnedFd>,
 }
 
 impl PodListener {
-    /// The next connection, with the share in the port that it keeps; `None` once the pod's sandbox is gone.
+    /// The next connection; `None` when the pod's sandbox is gone. Keep the [`OwnPort`] as long as the connection is
+    /// open.
     ///
     /// # Errors
     ///
-    /// The connection was gone already, or there are no descriptors left: try again after a moment.
-    pub async fn accept(&self) -> io::Result<Option<(TcpStream, SocketAddr, OwnPort)>> {
+    /// The connection was closed before it was accepted, or no descriptors are left. Retry after a moment.
+    pub(crate) async fn accept(&self) -> io::Result<Option<(TcpStream, SocketAddr, OwnPort)>> {
         tokio::select! {
             biased;
             ended = self.process.readable() => ended.map(|_| None),
@@ -177,52 +180,52 @@ impl PodListener {
 ///
 /// # Errors
 ///
-/// The process or the namespace is gone, or the port is taken ([`io::ErrorKind::AddrInUse`]).
+/// The process or the namespace is gone, or the port is in use ([`io::ErrorKind::AddrInUse`]).
 pub(super) fn listen_in(
     ports: &Arc<OwnPorts>,
     netns: &Netns,
     pid: u32,
     port: u16,
-) -> io::Result<Opened> {
+) -> io::Result<OpenedListener> {
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let process = pidfd_open(raw.ok_or(Errno::SRCH)?, PidfdFlags::empty())?;
-    // The namespace may have been opened by an earlier process of that number.
+    // Pids are reused: `netns` may have been opened through an earlier process with this pid.
     if Netns::of_process(pid)?.inode() != netns.inode() {
         return Err(Errno::SRCH.into());
     }
-    // Before there is a listener, so that no connection is ever taken for the pod's.
-    let own = ports.take(netns.inode(), port, None);
+    // Before the socket listens, so that no connection to it counts as the pod's.
+    let own = ports.register(netns.inode(), port, None);
     let socket = netns.run(|| Ok(dual_stack(port)?))?;
-    Ok(Opened {
+    Ok(OpenedListener {
         socket,
         own,
         process,
     })
 }
 
-/// A listener that is not registered with the runtime yet.
-pub(super) struct Opened {
+/// A listener that is not registered with the async runtime yet.
+pub(super) struct OpenedListener {
     socket: OwnedFd,
     own: OwnPort,
     process: OwnedFd,
 }
 
-impl Opened {
-    /// Registers it. Needs the runtime.
+impl OpenedListener {
+    /// Registers the listener. Must run on the async runtime.
     ///
     /// # Errors
     ///
-    /// It can't be polled.
+    /// The listener or the pidfd can't be polled.
     pub(super) fn register(self) -> io::Result<PodListener> {
         Ok(PodListener {
             listener: TcpListener::from_std(self.socket.into())?,
             own: self.own,
-            process: poll::readable(self.process)?,
+            process: async_fd::readable(self.process)?,
         })
     }
 }
 
-/// For both families, or for IPv4 where there is no IPv6.
+/// A listening socket for IPv4 and IPv6, or for IPv4 alone if the namespace has no IPv6.
 fn dual_stack(port: u16) -> Result<OwnedFd, Errno> {
     let v6 = socket(AddressFamily::INET6).and_then(|socket| {
         sockopt::set_ipv6_v6only(&socket, false)?;
@@ -244,7 +247,7 @@ fn dual_stack(port: u16) -> Result<OwnedFd, Errno> {
 fn socket(family: AddressFamily) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
-    // What an agent before this one has closed may linger in TIME_WAIT.
+    // Connections of an earlier agent may be in TIME_WAIT.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     Ok(socket)
 }
@@ -252,7 +255,7 @@ fn socket(family: AddressFamily) -> Result<OwnedFd, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::sample::testing::sample;
+    use ebb_core::flow::sample::testing::sample;
 
     const HERE: NetnsInode = NetnsInode(7);
 
@@ -265,10 +268,10 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_ebbs_as_long_as_a_listener_has_it_and_a_connection_as_long_as_it_is_open() {
+    fn a_port_is_ebbs_while_ebb_listens_and_a_connection_while_it_is_open() {
         let ports = Arc::new(OwnPorts::default());
-        let listener = ports.take(HERE, 9690, None);
-        // As a dual-stack socket says it.
+        let listener = ports.register(HERE, 9690, None);
+        // A dual-stack socket reports IPv4 addresses like this.
         let mapped = |a: SocketAddr| match a.ip() {
             std::net::IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), a.port()),
             std::net::IpAddr::V6(_) => a,
@@ -278,7 +281,7 @@ mod tests {
         assert!(has_port(&ports, HERE, 9690) && ports.has(HERE, local, remote));
         assert!(!has_port(&ports, HERE, 80) && !has_port(&ports, NetnsInode(8), 9690));
         drop(listener);
-        // The application's by now.
+        // The application may use the port now.
         assert!(!has_port(&ports, HERE, 9690));
         assert!(!ports.has(HERE, local, v4(2, 40_001)) && !ports.has(HERE, local, v4(3, 40_000)));
         assert!(ports.has(HERE, local, remote));
@@ -290,10 +293,10 @@ mod tests {
     #[test]
     fn only_connections_to_the_port_in_that_namespace_are_marked() {
         let ports = Arc::new(OwnPorts::default());
-        let own = ports.take(HERE, 9690, None);
+        let own = ports.register(HERE, 9690, None);
         let mut samples = vec![sample(), sample(), sample()];
         samples[0].local.set_port(9690);
-        // The pod dials somebody else's port of that number.
+        // The pod dials the same port number of a peer.
         samples[1].remote.set_port(9690);
         samples[2].local.set_port(9690);
         samples[2].remote = v4(2, 40_001);
@@ -303,7 +306,7 @@ mod tests {
         };
         assert_eq!(marked(HERE), [true, false, true]);
         assert_eq!(marked(NetnsInode(8)), [false; 3]);
-        // It has been given back, and one connection is still open.
+        // ebb no longer listens, but one connection is still open.
         let local = SocketAddr::new(sample().local.ip(), 9690);
         let _open = own.connection(local, v4(2, 40_001));
         drop(own);
@@ -311,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_taken_port_is_refused_and_a_free_one_serves_both_families() {
+    async fn a_port_in_use_is_refused_and_a_free_one_serves_both_families() {
         let ports = Arc::new(OwnPorts::default());
         let pid = std::process::id();
         let here = Netns::of_process(pid).unwrap();

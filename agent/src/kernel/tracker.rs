@@ -1,183 +1,257 @@
-//! The door to the kernel: look at a pod's sockets, watch a pod, find a connection.
+//! The API of the kernel module: dump a pod's sockets, watch a pod, find a connection.
 
 use std::{
+    collections::HashMap,
     io,
     net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
+    path::PathBuf,
+    sync::{Arc, Mutex},
 };
 
 use ebb_common::LOSSES;
-use tokio::sync::mpsc;
+use ebb_core::{
+    arrivals::Arrivals,
+    clock::BootTime,
+    flow::{Flow, Sample},
+    ids::{CgroupId, NetnsInode, SocketCookie, WatchId},
+    scope::Scope,
+};
+use tokio::{runtime::Handle, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audit, KernelError, KernelEvent, KubeletCgroup, Look, LookUp, Netns,
-    auditor::Auditor,
+    FlowLookUp, KernelError, KernelEvent, KubeletCgroup, LookUpFailure, SocketDump, WorkloadCount,
     close,
-    earlier::{self, Earlier},
+    dump_limiter::DumpLimiter,
     events,
-    house::keep_house,
-    inner::{Inner, open, watch_keys},
-    kubelet::Search,
-    nested::Nested,
+    inspector::Inspected,
+    kubelet::KubeletSearch,
+    maintenance,
+    open_counts::OpenCounts,
     pod_listener::{self, OwnPorts, PodListener},
-    pool::DiagPool,
     programs::Programs,
+    watches::watch_keys,
 };
-use crate::{
-    clock::boot_id,
-    flow::{Flow, Sample},
-    ids::{CgroupId, NetnsInode, SocketCookie, WatchId},
-    lock::lock,
-    pods::Scope,
+use crate::linux::{
+    cgroup_descendants::CgroupDescendants,
+    netns::{Netns, NetnsThread},
+    sync::lock,
 };
 
-/// As many events as may wait for the drains before the ring buffer itself has to hold them.
+/// How many events may wait for the receiver. Further events wait in the ring buffer.
 const EVENT_QUEUE: usize = 1024;
 
-/// How to start.
+/// How to start a [`Tracker`].
 #[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// Forward what the BPF programs log.
+pub struct TrackerOptions {
+    /// Forward the log of the BPF programs.
     pub bpf_log: bool,
-    /// Where the kubelet's cgroup is, so that its probes are known for what they are. Without, they are flows.
+    /// Where to search for the kubelet's cgroup, by which ebb recognises probes. Without it, probes count as flows.
     pub kubelet: Option<KubeletCgroup>,
-    /// The mount of cgroup v2. Without, counters of cgroups that are gone are kept for as long as their
-    /// network namespace has a process, and of cgroups that a container on the host's network makes below its own
-    /// only those are known that its scope has.
+    /// The mount of cgroup v2. Without it, ebb misses cgroups that a container on the host's network creates below its
+    /// own after its scope was read.
     pub cgroup_root: Option<PathBuf>,
-    /// Where an earlier agent has left what it knew of the flows that are open ([`Tracker::remember`]).
-    pub earlier: Option<PathBuf>,
 }
 
-/// Counters of one workload, as the BPF programs keep them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WorkloadCount {
-    /// The cgroup whose process made the sockets.
-    pub cgroup: CgroupId,
-    /// Their network namespace.
-    pub netns: NetnsInode,
-    /// Inbound flows now.
-    pub inbound: i64,
-    /// Inbound flows since the start.
-    pub inbound_total: u64,
+/// What the clones of a [`Tracker`] and its background tasks share.
+pub(super) struct TrackerState {
+    pub(super) programs: Programs,
+    /// When the programs began to count.
+    pub(super) started: BootTime,
+    /// The namespaces of watched pods. Kept open, because the process that a namespace was opened through may exit.
+    watched: Mutex<HashMap<NetnsInode, WatchedNetns>>,
+    pub(super) open_counts: OpenCounts,
+    dumps: Arc<DumpLimiter>,
+    kubelet: Option<KubeletSearch>,
+    pub(super) own_ports: Arc<OwnPorts>,
+    descendants: Option<CgroupDescendants>,
+    pub(super) host: Arc<Netns>,
+    pub(super) host_thread: Arc<NetnsThread>,
 }
 
-/// The running BPF programs and the questions they and the kernel answer. Cheap to clone; the programs are
-/// detached when the last clone is dropped.
+/// The namespace of a watched pod.
+#[derive(Clone)]
+struct WatchedNetns {
+    netns: Arc<Netns>,
+    thread: Arc<NetnsThread>,
+}
+
+impl TrackerState {
+    /// The thread that looks up flows of a watched pod.
+    fn thread(&self, scope: &Scope) -> io::Result<Arc<NetnsThread>> {
+        match scope {
+            Scope::Netns { inode, .. } => {
+                let watched = lock(&self.watched).get(inode).cloned();
+                watched
+                    .map(|watched| watched.thread)
+                    .ok_or_else(|| io::Error::other("the pod is not watched"))
+            }
+            Scope::HostNetwork(_) => Ok(Arc::clone(&self.host_thread)),
+            Scope::Untracked(why) => Err(io::Error::other(why.clone())),
+        }
+    }
+
+    pub(super) fn netns(&self, scope: &Scope) -> io::Result<Arc<Netns>> {
+        match scope {
+            Scope::Netns { inode, pid } => {
+                let watched = lock(&self.watched).get(inode).cloned();
+                match watched {
+                    Some(watched) => Ok(watched.netns),
+                    None => Ok(Arc::new(Netns::open(*inode, *pid)?)),
+                }
+            }
+            Scope::HostNetwork(_) => Ok(Arc::clone(&self.host)),
+            Scope::Untracked(why) => Err(io::Error::other(why.clone())),
+        }
+    }
+
+    /// Blocking.
+    pub(super) fn find_kubelet(&self) {
+        if let Some(search) = &self.kubelet {
+            search.run();
+            if let Err(e) = self.programs.set_kubelet(|| search.cgroups()) {
+                tracing::warn!("can't tell the BPF programs the kubelet's cgroup: {e}");
+            }
+        }
+    }
+
+    /// Whether the kubelet's probes are recognised.
+    pub(super) fn knows_kubelet(&self) -> bool {
+        let search = self.kubelet.as_ref();
+        search.is_some_and(|search| !search.cgroups().is_empty())
+    }
+
+    /// Which of these connections the kubelet dialled, by the cgroup of the socket at the other end. A connection
+    /// whose addresses are translated on the way has no such socket, so it is not recognised. Must run in the host's
+    /// namespace.
+    pub(super) fn probes(&self, connections: &[(SocketAddr, SocketAddr)]) -> io::Result<Vec<bool>> {
+        let mut probes = vec![false; connections.len()];
+        let search = self.kubelet.as_ref();
+        let cgroups = search.map(KubeletSearch::cgroups).unwrap_or_default();
+        if cgroups.is_empty() || connections.is_empty() {
+            return Ok(probes);
+        }
+        let other_ends = connections.iter().map(|(local, remote)| (*remote, *local));
+        self.programs.inspector.inspect(other_ends, |n, found| {
+            if let (Inspected::Connection(other), Some(probe)) = (found, probes.get_mut(n)) {
+                *probe = cgroups.contains(&other.cgroup());
+            }
+        })?;
+        Ok(probes)
+    }
+
+    /// The scope with the cgroups that a pod on the host's network has created since the scope was read. These come
+    /// last.
+    pub(super) fn with_new_cgroups(&self, scope: &Scope) -> io::Result<Scope> {
+        let (Scope::HostNetwork(cgroups), Some(descendants)) = (scope, &self.descendants) else {
+            return Ok(scope.clone());
+        };
+        let mut new = descendants.with_descendants(cgroups)?;
+        new.retain(|id| !cgroups.contains(id));
+        let all = cgroups.iter().copied().chain(new);
+        Ok(Scope::HostNetwork(all.collect::<Vec<CgroupId>>()))
+    }
+}
+
+/// The running BPF programs, and the kernel's socket tables. Cheap to clone; dropping the last clone detaches the
+/// programs.
 #[derive(Clone)]
 pub struct Tracker {
-    pub(super) inner: Arc<Inner>,
+    state: Arc<TrackerState>,
 }
 
 impl Tracker {
-    /// Loads, attaches and seeds. Events of watched workloads arrive at the receiver.
+    /// Loads and attaches the programs. The receiver gets the events of watched workloads.
     ///
     /// # Errors
     ///
-    /// See [`KernelError`]; nothing stays attached then.
-    pub fn start(options: Options) -> Result<(Self, mpsc::Receiver<KernelEvent>), KernelError> {
-        // The agent itself runs on the host network: its node port has to be there.
+    /// See [`KernelError`]; no program stays attached then.
+    pub fn start(
+        options: TrackerOptions,
+    ) -> Result<(Self, mpsc::Receiver<KernelEvent>), KernelError> {
+        // The agent runs on the host network, because its node port must be reachable there.
         let host = Netns::of_process(std::process::id()).map_err(|source| KernelError::Io {
             what: "opening the agent's own network namespace".into(),
             source,
         })?;
-        let earlier = options.earlier.as_deref().map(taken).unwrap_or_default();
-        let mut programs = Programs::start(host.inode(), options.bpf_log, &earlier)?;
-        let (to, from) = mpsc::channel(EVENT_QUEUE);
-        let own = Arc::<OwnPorts>::default();
-        if let Some(ring) = programs.events.take() {
-            let own = Arc::clone(&own);
-            let lost = Arc::clone(&programs.lost);
-            tokio::spawn(async move {
-                if let Err(e) = events::forward(ring, lost, own, to.clone()).await {
-                    tracing::error!(
-                        "reading kernel events: {e}; pods are held for the settle time alone until the agent is restarted"
-                    );
-                    // A closed channel would say the same, but this one is heard at once.
-                    let _ = to.send(KernelEvent::Lost).await;
-                }
-            });
-        }
-        let Some(inference) = programs.inference.take() else {
-            return Err(KernelError::Io {
-                what: "seeding".into(),
-                source: io::Error::other("came to no end"),
-            });
-        };
-        let workloads = Arc::clone(&programs.workloads);
-        let inner = Inner {
-            watches: Arc::clone(&programs.watches),
-            programs: Mutex::new(programs),
-            auditor: Mutex::new(Auditor::new(Arc::clone(&workloads), inference)),
-            workloads,
-            drift: AtomicU64::new(0),
-            nested: options.cgroup_root.clone().map(Nested::new),
-            cgroup_root: options.cgroup_root,
+        let (programs, source) = Programs::start(host.inode(), options.bpf_log)?;
+        let host_thread = NetnsThread::start(&host).map_err(|source| KernelError::Io {
+            what: "starting a thread in the agent's own network namespace".into(),
+            source,
+        })?;
+        let state = TrackerState {
+            programs,
+            started: BootTime::now(),
             watched: Mutex::default(),
-            walks: Arc::default(),
-            pruner: Mutex::default(),
-            kubelet: options.kubelet.map(Search::new),
-            own,
-            host: Arc::new(DiagPool::new(host)),
+            open_counts: OpenCounts::default(),
+            dumps: Arc::new(DumpLimiter::new(Handle::current())),
+            kubelet: options.kubelet.map(KubeletSearch::new),
+            own_ports: Arc::<OwnPorts>::default(),
+            descendants: options.cgroup_root.map(CgroupDescendants::new),
+            host_thread: Arc::new(host_thread),
+            host: Arc::new(host),
         };
-        inner.find_kubelet();
-        let inner = Arc::new(inner);
-        tokio::spawn(keep_house(Arc::downgrade(&inner)));
-        Ok((Self { inner }, from))
+        state.find_kubelet();
+        let state = Arc::new(state);
+        let (to, from) = mpsc::channel(EVENT_QUEUE);
+        let forwarded = events::forward(source, Arc::downgrade(&state), to.clone());
+        tokio::spawn(async move {
+            if let Err(e) = forwarded.await {
+                tracing::error!(
+                    "reading kernel events: {e}; pods are held for the settle time alone until the agent is restarted"
+                );
+                // The channel closes next. This event makes the receiver resync first.
+                let _ = to.send(KernelEvent::Lost).await;
+            }
+        });
+        tokio::spawn(maintenance::run(Arc::downgrade(&state)));
+        Ok((Self { state }, from))
     }
 
     /// The host's network namespace.
     pub fn host_netns(&self) -> NetnsInode {
-        self.inner.host.netns().inode()
+        self.state.host.inode()
     }
 
-    /// All TCP sockets of a pod, from the kernel's tables. Walks the table of the whole node, off the async
-    /// threads, together with others that ask for the same namespace meanwhile. The walk begins after the
-    /// call.
+    /// Dumps all TCP sockets of a pod from the kernel's tables. A dump visits the table of the whole node, so it runs
+    /// off the async threads and concurrent callers for the same namespace share one. It starts after this call.
     ///
     /// # Errors
     ///
-    /// The pod can't be tracked, its namespace is gone, or the kernel does not answer.
-    pub async fn look(&self, scope: &Scope) -> io::Result<Look> {
+    /// The pod can't be tracked, its namespace is gone, or the dump fails.
+    pub async fn dump(&self, scope: &Scope) -> io::Result<SocketDump> {
         let netns = match scope {
             Scope::Netns { inode, .. } => *inode,
             Scope::HostNetwork(_) => self.host_netns(),
             Scope::Untracked(why) => return Err(io::Error::other(why.clone())),
         };
-        let inner = Arc::clone(&self.inner);
-        let walk = move |scopes: &[Scope]| inner.walk(scopes);
-        self.inner.walks.look(netns, scope.clone(), walk).await
+        let state = Arc::clone(&self.state);
+        let dump = move |scopes: &[Scope]| state.dump(scopes);
+        self.state.dumps.dump(netns, scope.clone(), dump).await
     }
 
-    /// Looks up single flows of a watched pod, each by its two ends, and says how many edges the kernel had
-    /// counted before. Costs microseconds, whatever the number of connections on the node, unless another
-    /// process keeps sock_diag busy: older kernels answer one at a time (`sock_diag_mutex`).
+    /// Looks up single flows of a watched pod by their local and remote addresses. Costs microseconds, however many
+    /// connections the node has.
     ///
     /// # Errors
     ///
-    /// As [`Tracker::look`], or not all of the pod is watched: it has no watch, or is on the host's network and has
-    /// made cgroups since.
+    /// See [`LookUpFailure`]: make a dump instead.
     pub async fn look_up(
         &self,
         scope: &Scope,
         flows: Vec<(SocketAddr, SocketAddr)>,
-    ) -> io::Result<LookUp> {
-        let scope = scope.clone();
-        self.blocking(move |inner| inner.look_up(&scope, &flows))
-            .await
+    ) -> Result<FlowLookUp, LookUpFailure> {
+        let (state, scope) = (Arc::clone(&self.state), scope.clone());
+        let thread = state.thread(&scope)?;
+        thread.run(move || state.look_up(&scope, &flows)).await?
     }
 
-    /// The connection between `local` and `remote` in the scope's namespace, if it exists.
+    /// The connection between `local` and `remote` in the scope's namespace, if it exists. [`Sample::origin`] always
+    /// says accepted.
     ///
     /// # Errors
     ///
-    /// As [`Tracker::look`].
+    /// As [`Tracker::dump`].
     pub async fn find(
         &self,
         scope: &Scope,
@@ -185,30 +259,30 @@ impl Tracker {
         remote: SocketAddr,
     ) -> io::Result<Option<Sample>> {
         let scope = scope.clone();
-        self.blocking(move |inner| inner.pool(&scope)?.ask(|diag| diag.find(local, remote)))
+        self.blocking(move |state| state.find(&*state.netns(&scope)?, local, remote))
             .await
     }
 
-    /// The connection between `local` and `remote` in the host's namespace, if it exists.
+    /// The connection between `local` and `remote` in the host's namespace, as [`Tracker::find`].
     ///
     /// # Errors
     ///
-    /// The kernel does not answer.
-    pub async fn find_on_host(
+    /// The lookup fails.
+    pub(crate) async fn find_on_host(
         &self,
         local: SocketAddr,
         remote: SocketAddr,
     ) -> io::Result<Option<Sample>> {
-        self.blocking(move |inner| inner.host.ask(|diag| diag.find(local, remote)))
+        self.blocking(move |state| state.find(&state.host, local, remote))
             .await
     }
 
-    /// Closes the reading side of `idle` flows of a pod, of those that have not moved since the look that
-    /// found them idle, and returns which. Their owners then close them. Closes no more of them once this is `over`.
+    /// Shuts down the read side of those `idle` flows that have not changed since the dump that found them idle, and
+    /// returns which. Their owners then close them. Stops when `over` is cancelled.
     ///
     /// # Errors
     ///
-    /// As [`Tracker::look`]; some may have been closed by then.
+    /// As [`Tracker::dump`]; some flows may have been closed before the error.
     pub async fn close_idle(
         &self,
         scope: &Scope,
@@ -216,111 +290,88 @@ impl Tracker {
         over: CancellationToken,
     ) -> io::Result<Vec<SocketCookie>> {
         let scope = scope.clone();
-        self.blocking(move |inner| {
-            close::idle(&inner.programs, &*inner.pool(&scope)?, &idle, &over)
+        self.blocking(move |state| {
+            close::close_idle(&state.programs, &*state.netns(&scope)?, &idle, &over)
         })
         .await
     }
 
-    /// Has the events of a scope reported from now on. They carry the number of this watch. Looks for the kubelet
-    /// anew, in the background: a restarted service has another cgroup.
+    /// Starts sending the events of a scope. They carry the returned id. Also searches for the kubelet again, in the
+    /// background, because a restarted service has another cgroup.
     ///
     /// # Errors
     ///
-    /// The pod can't be tracked, its namespace is gone, or too many are watched already.
+    /// The pod can't be tracked, its namespace is gone, or too many workloads are watched already.
     pub fn watch(&self, scope: &Scope) -> io::Result<WatchId> {
         if let Scope::Netns { inode, pid } = scope {
-            let pool = DiagPool::new(open(*inode, *pid)?);
-            lock(&self.inner.watched).insert(*inode, Arc::new(pool));
+            let netns = Netns::open(*inode, *pid)?;
+            let watched = WatchedNetns {
+                thread: Arc::new(NetnsThread::start(&netns)?),
+                netns: Arc::new(netns),
+            };
+            lock(&self.state.watched).insert(*inode, watched);
         }
         let keys = watch_keys(scope)?;
         self.find_kubelet();
-        let watching = lock(&self.inner.watches).begin(&keys);
-        // What was half begun would stay: nobody ends a watch that failed.
+        let watching = lock(&self.state.programs.watches).begin(&keys);
+        // The caller does not end a watch that failed to start, so it is undone here.
         watching.inspect_err(|_| self.unwatch(scope))
     }
 
-    /// Ends what [`Tracker::watch`] began. Harmless if it had not.
+    /// Ends the watch of a scope. Does nothing if the scope is not watched.
     pub fn unwatch(&self, scope: &Scope) {
         if let Scope::Netns { inode, .. } = scope {
-            lock(&self.inner.watched).remove(inode);
+            lock(&self.state.watched).remove(inode);
         }
         let keys = watch_keys(scope).unwrap_or_default();
-        if let Err(e) = lock(&self.inner.watches).end(&keys) {
-            tracing::warn!("can't count the watched workloads: {e}");
+        if let Err(e) = lock(&self.state.programs.watches).end(&keys) {
+            tracing::warn!("can't update the number of watched workloads: {e}");
         }
     }
 
-    /// Listens on a port inside a pod's network namespace, on all its addresses. Connections to it are marked
-    /// in every look ([`Sample::to_wait_port`]) and reported as no edge.
+    /// Listens on a port on all addresses of a pod's network namespace. Dumps ([`Sample::to_wait_port`]) and events
+    /// ([`SocketEvent::exempt`](super::SocketEvent::exempt)) mark connections to it.
     ///
     /// # Errors
     ///
-    /// The pod has no namespace of its own or is gone, or the port is taken ([`io::ErrorKind::AddrInUse`]).
-    pub async fn listen_in(&self, scope: &Scope, port: u16) -> io::Result<PodListener> {
+    /// The pod has no namespace of its own or is gone, or the port is in use ([`io::ErrorKind::AddrInUse`]).
+    pub(crate) async fn listen_in(&self, scope: &Scope, port: u16) -> io::Result<PodListener> {
         let Scope::Netns { inode, pid } = *scope else {
             return Err(io::ErrorKind::Unsupported.into());
         };
         let opened = self
-            .blocking(move |inner| {
-                pod_listener::listen_in(&inner.own, &open(inode, pid)?, pid, port)
+            .blocking(move |state| {
+                pod_listener::listen_in(&state.own_ports, &Netns::open(inode, pid)?, pid, port)
             })
             .await?;
         opened.register()
     }
 
-    /// The counters of all workloads. Some system calls for each: nothing for an async thread.
+    /// How often clients connect to a pod; `None` if that is not known. It was counted since the programs' start.
+    ///
+    /// # Errors
+    ///
+    /// The counters can't be read, or the pod is gone.
+    pub async fn arrivals(&self, scope: &Scope) -> io::Result<Option<Arrivals>> {
+        let scope = scope.clone();
+        self.blocking(move |state| state.arrivals(&scope)).await
+    }
+
+    /// The counters of all workloads. Makes several system calls per workload: call it off the async threads.
     pub fn counts(&self) -> Vec<WorkloadCount> {
-        self.inner
-            .workloads
-            .iter()
-            .filter_map(Result::ok)
-            .map(|(key, w)| WorkloadCount {
-                cgroup: CgroupId(key.cgroup),
-                netns: NetnsInode(key.netns),
-                inbound: w.inbound,
-                inbound_total: w.inbound_total,
-            })
-            .collect()
+        let counters = &self.state.programs.workloads;
+        self.state
+            .open_counts
+            .workloads(counters.iter().filter_map(Result::ok).collect())
     }
 
-    /// Compares the counters of a pod, or of the whole node, with the kernel's own tables, and corrects them. Off
-    /// the async threads; takes a walk of the node's table for each namespace, some more where connections open
-    /// and close. Who stops waiting ends it.
+    /// How many state changes of TCP sockets the programs have missed since the start.
     ///
     /// # Errors
     ///
-    /// The pod can't be tracked, or its namespace is gone.
-    pub async fn audit(&self, scope: Option<&Scope>) -> io::Result<Audit> {
-        let scope = scope.cloned();
-        let unwanted = CancellationToken::new();
-        let _wanted = unwanted.clone().drop_guard();
-        self.blocking(move |inner| inner.audit(scope.as_ref(), &unwanted))
-            .await
-    }
-
-    /// By how many flows audits have found the counters wrong since the start.
-    pub fn drift(&self) -> u64 {
-        self.inner.drift.load(Ordering::Relaxed)
-    }
-
-    /// Forgets the counters of what is gone: of workloads without flow whose namespace has no process, or whose
-    /// cgroup is not there, now and at the last call. Returns how many. Done by itself every ten minutes; reads
-    /// `/proc` and the directories of cgroups.
-    pub fn prune(&self) -> usize {
-        self.inner.prune()
-    }
-
-    /// Writes down since when each flow is open, for the next agent ([`Options::earlier`]), and returns of how many.
-    /// What is not done `within` this time is left out: of those flows the next agent knows no more than that they are
-    /// older than itself. Off the async threads; takes a walk of the node's table for each namespace.
-    ///
-    /// # Errors
-    ///
-    /// The file can't be written, or the kernel does not walk.
-    pub async fn remember(&self, path: PathBuf, within: Duration) -> io::Result<usize> {
-        self.blocking(move |inner| inner.remember(&path, within))
-            .await
+    /// The kernel does not report the number.
+    pub fn missed_changes(&self) -> io::Result<u64> {
+        self.state.programs.missed_changes()
     }
 
     /// Losses since the start, by `ebb_common::LOST_…`.
@@ -329,38 +380,26 @@ impl Tracker {
     ///
     /// The map can't be read.
     pub fn losses(&self) -> Result<[u64; LOSSES], KernelError> {
-        lock(&self.inner.programs).losses()
+        self.state.programs.losses()
     }
 
     fn find_kubelet(&self) {
-        if let Some(search) = &self.inner.kubelet
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        if let Some(search) = &self.state.kubelet
+            && let Ok(runtime) = Handle::try_current()
             && search.is_due()
         {
-            let inner = Arc::clone(&self.inner);
-            runtime.spawn_blocking(move || inner.find_kubelet());
+            let state = Arc::clone(&self.state);
+            runtime.spawn_blocking(move || state.find_kubelet());
         }
     }
 
     async fn blocking<T: Send + 'static>(
         &self,
-        f: impl FnOnce(&Inner) -> io::Result<T> + Send + 'static,
+        f: impl FnOnce(&TrackerState) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
-        let inner = Arc::clone(&self.inner);
-        tokio::task::spawn_blocking(move || f(&inner))
+        let state = Arc::clone(&self.state);
+        tokio::task::spawn_blocking(move || f(&state))
             .await
             .unwrap_or_else(|e| Err(io::Error::other(e)))
     }
-}
-
-/// What an earlier agent has left. Worth a warning, never a failed start.
-fn taken(path: &Path) -> Earlier {
-    let taken = boot_id().and_then(|boot| earlier::take(path, &boot));
-    taken.unwrap_or_else(|e| {
-        tracing::warn!(
-            "can't read {}: {e}; flows are as old as this agent",
-            path.display()
-        );
-        Earlier::new()
-    })
 }

@@ -1,25 +1,23 @@
-//! The workloads whose edges are wanted, and how many edges the programs have counted for each.
+//! The watched workloads, and how many events the programs have sent of each.
 
 use std::io;
 
 use aya::maps::{Array, HashMap, MapData};
-use ebb_common::{OPENING, Watch, WorkloadKey};
+use ebb_common::{WorkloadKey, WorkloadWatch};
+use ebb_core::{ids::WatchId, scope::Scope};
 
-use crate::ids::WatchId;
-
-/// The maps that say what is watched.
+/// The maps that tell the programs which workloads are watched.
 pub(super) struct Watches {
-    /// See `maps::WATCHED` in the programs.
-    watched: HashMap<MapData, WorkloadKey, Watch>,
-    /// See `maps::WATCHES`.
+    /// `maps::WATCHED` of the programs.
+    watched: HashMap<MapData, WorkloadKey, WorkloadWatch>,
+    /// `maps::WATCHED_COUNT`.
     total: Array<MapData, u32>,
     last: WatchId,
 }
 
 impl Watches {
-    /// Nothing is watched.
     pub(super) const fn new(
-        watched: HashMap<MapData, WorkloadKey, Watch>,
+        watched: HashMap<MapData, WorkloadKey, WorkloadWatch>,
         total: Array<MapData, u32>,
     ) -> Self {
         Self {
@@ -29,43 +27,62 @@ impl Watches {
         }
     }
 
-    /// Has the edges of workloads reported and counted, from none on.
+    /// Makes the programs send and count the events of these workloads. The count starts at 0.
     pub(super) fn begin(&mut self, keys: &[WorkloadKey]) -> io::Result<WatchId> {
         self.last = WatchId(self.last.0.checked_add(1).unwrap_or(1));
-        let watch = Watch {
-            edges: 0,
+        let watch = WorkloadWatch {
+            sent: 0,
             number: self.last.0,
-            zero: [0; 6],
+            zero: 0,
         };
         for key in keys {
             self.watched
                 .insert(key, watch, 0)
                 .map_err(io::Error::other)?;
         }
-        self.count()?;
+        self.update_total()?;
         Ok(self.last)
     }
 
-    /// Ends what [`Self::begin`] began.
+    /// Undoes [`Self::begin`].
     pub(super) fn end(&mut self, keys: &[WorkloadKey]) -> io::Result<()> {
         for key in keys {
-            // It may never have been watched.
+            // The workload may not be watched.
             let _ = self.watched.remove(key);
         }
-        self.count()
+        self.update_total()
     }
 
-    /// How many edges there were, those that could not be reported included, and one for each flow that is
-    /// about to have its first.
-    pub(super) fn edges(&self, keys: &[WorkloadKey]) -> io::Result<u64> {
+    /// How many events were sent, including those that the full ring buffer dropped.
+    pub(super) fn sent(&self, keys: &[WorkloadKey]) -> io::Result<u64> {
         keys.iter().try_fold(0, |sum, key| {
             let watch = self.watched.get(key, 0).map_err(io::Error::other)?;
-            Ok(sum + watch.edges % OPENING + watch.edges / OPENING)
+            Ok(sum + watch.sent)
         })
     }
 
-    fn count(&mut self) -> io::Result<()> {
+    fn update_total(&mut self) -> io::Result<()> {
         let total = u32::try_from(self.watched.keys().count()).unwrap_or(u32::MAX);
         self.total.set(0, total, 0).map_err(io::Error::other)
+    }
+}
+
+/// The keys of a scope in `maps::WATCHED`.
+pub(super) fn watch_keys(scope: &Scope) -> io::Result<Vec<WorkloadKey>> {
+    match scope {
+        Scope::Netns { inode, .. } => Ok(vec![WorkloadKey {
+            cgroup: 0,
+            netns: inode.0,
+            zero: 0,
+        }]),
+        Scope::HostNetwork(cgroups) => Ok(cgroups
+            .iter()
+            .map(|c| WorkloadKey {
+                cgroup: c.0,
+                netns: 0,
+                zero: 0,
+            })
+            .collect()),
+        Scope::Untracked(why) => Err(io::Error::other(why.clone())),
     }
 }

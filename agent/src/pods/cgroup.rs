@@ -1,7 +1,7 @@
-//! The cgroups of a container: what tells the sockets of host-network pods apart.
+//! The cgroups of a container, by which ebb tells the sockets of host-network pods apart.
 //!
-//! A container may make cgroups below its own (systemd in a container, CRI-O's `container`), and sockets
-//! made there carry the lower one's id: all of them count.
+//! A container may create cgroups below its own (systemd in a container, CRI-O's `container`). A socket created there
+//! has the lower cgroup's id, so all of them count.
 
 use std::{
     collections::HashMap,
@@ -10,12 +10,11 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::{
-    ids::{CgroupId, ContainerId},
-    kernel::cgroups::walk,
-};
+use ebb_core::ids::{CgroupId, ContainerId};
 
-/// Why a container's cgroups can't be told.
+use crate::linux::cgroups::walk;
+
+/// Why a container's cgroups are unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// No directory of its own under the cgroup v2 mount.
@@ -45,15 +44,16 @@ pub enum CgroupError {
 /// Blocking, like all file access.
 ///
 /// # Errors
-/// [`CgroupError`]; never a cgroup that holds more than the container.
+/// [`CgroupError`] if the container has no such cgroup, or it can't be read. A cgroup that is shared with other
+/// processes is never returned.
 pub fn container_cgroups(
     root: &Path,
     container: &ContainerId,
     proc_cgroup: Option<&str>,
     cgroups_path: Option<&str>,
 ) -> Result<Vec<CgroupId>, CgroupError> {
-    // Where the process really is goes first. It does not help inside a cgroup namespace of the agent's
-    // own, where the path starts above the root.
+    // The process's own path goes first. It is of no use if the agent has its own cgroup namespace: the path then
+    // starts above the root.
     let of_process = proc_cgroup
         .and_then(unified_path)
         .and_then(|p| own_directory(p, container));
@@ -76,14 +76,30 @@ pub fn container_cgroups(
     Ok(ids)
 }
 
+/// Whether a process is in the cgroup of this container or below it, by the text of its `/proc/PID/cgroup`. The cgroup
+/// is known by its name, which contains the container's id with both cgroup drivers. The path before it does not matter:
+/// it begins with `/..` if the agent has a cgroup namespace of its own.
+pub(crate) fn is_in_container(proc_cgroup: &str, container: &ContainerId) -> bool {
+    let paths = proc_cgroup.lines().filter_map(|l| l.splitn(3, ':').nth(2));
+    paths
+        .flat_map(|path| path.split('/'))
+        .any(|name| container_id(name) == container.as_str())
+}
+
+/// The container's id in the name of its cgroup: `<id>`, `cri-containerd-<id>.scope`, `crio-<id>`.
+fn container_id(name: &str) -> &str {
+    let name = name.strip_suffix(".scope").unwrap_or(name);
+    name.rsplit(['-', ':']).next().unwrap_or(name)
+}
+
 /// The path of the unified hierarchy in a `/proc/PID/cgroup`: the line of hierarchy 0 without
 /// controllers (cgroups(7)).
-pub fn unified_path(text: &str) -> Option<&str> {
+fn unified_path(text: &str) -> Option<&str> {
     text.lines().find_map(|l| l.strip_prefix("0::"))
 }
 
-/// The container's own directory on the way to where its process is: up to the component that bears its
-/// id. Relative to the root. `None` if none does, or if the path leaves the root.
+/// Cuts the cgroup path of a process after the component that contains the container's id. Relative to the root.
+/// `None` if no component does, or if the path leaves the root.
 fn own_directory(path: &str, container: &ContainerId) -> Option<PathBuf> {
     let mut dir = PathBuf::new();
     for component in Path::new(path).components() {
@@ -104,10 +120,10 @@ fn own_directory(path: &str, container: &ContainerId) -> Option<PathBuf> {
     None
 }
 
-/// The directory of an OCI `cgroupsPath`, relative to the root. Two spellings: the cgroupfs driver's is a
-/// path; the systemd driver's is `slice:prefix:name`, where slice `a-b.slice` lives in `a.slice`
+/// The directory of an OCI `cgroupsPath`, relative to the root. The cgroupfs driver writes a path, the systemd driver
+/// `slice:prefix:name`, where slice `a-b.slice` is below `a.slice`
 /// (`ExpandSlice` and `getUnitName` in opencontainers/cgroups `systemd/common.go`).
-pub fn directory_of(cgroups_path: &str) -> Option<PathBuf> {
+fn directory_of(cgroups_path: &str) -> Option<PathBuf> {
     if let Some((slice, rest)) = cgroups_path.split_once(':') {
         let (prefix, name) = rest.split_once(':')?;
         let unit = match (prefix, name) {
@@ -124,7 +140,7 @@ pub fn directory_of(cgroups_path: &str) -> Option<PathBuf> {
         return Some(expand_slice(slice)?.join(unit));
     }
     let path = cgroups_path.trim_matches('/');
-    // The root, or something above it, is nobody's own.
+    // The root, or something above it, belongs to no pod.
     let plain = Path::new(path)
         .components()
         .all(|c| matches!(c, Component::Normal(_)));
@@ -144,20 +160,20 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
     Some(ends.map(|end| format!("{}.slice", &name[..end])).collect())
 }
 
-/// Whose a cgroup is: of each that is a container's own or below one, which of these `containers`. Known by the
-/// directory's name alone, which bears the container's id in both cgroup drivers' spellings. What can't be read, or
-/// is removed meanwhile, is nobody's. Blocking.
-pub fn owners<T: Clone>(root: &Path, containers: &HashMap<&str, T>) -> HashMap<CgroupId, T> {
+/// The owner of each cgroup that belongs to one of these `containers` or is below such a cgroup. A container's cgroup
+/// is found by its name, which contains the container's id with both cgroup drivers. Directories that can't be read,
+/// or are removed meanwhile, are left out. Blocking.
+pub(crate) fn owners<T: Clone>(root: &Path, containers: &HashMap<&str, T>) -> HashMap<CgroupId, T> {
     let mut found = HashMap::new();
     if !containers.is_empty() {
-        own(root, None, containers, &mut found);
+        add_owners(root, None, containers, &mut found);
     }
     found
 }
 
-fn own<T: Clone>(
+fn add_owners<T: Clone>(
     dir: &Path,
-    above: Option<&T>,
+    parent: Option<&T>,
     containers: &HashMap<&str, T>,
     found: &mut HashMap<CgroupId, T>,
 ) {
@@ -166,15 +182,14 @@ fn own<T: Clone>(
             continue;
         }
         let name = entry.file_name();
-        let owner = name.to_str().and_then(|name| {
-            let name = name.strip_suffix(".scope").unwrap_or(name);
-            containers.get(name.rsplit(['-', ':']).next()?)
-        });
-        let owner = owner.or(above);
+        let owner = name
+            .to_str()
+            .and_then(|name| containers.get(container_id(name)));
+        let owner = owner.or(parent);
         if let Some(owner) = owner {
             found.insert(CgroupId(entry.ino()), owner.clone());
         }
-        own(&entry.path(), owner, containers, found);
+        add_owners(&entry.path(), owner, containers, found);
     }
 }
 
@@ -236,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_processs_path_is_cut_at_the_container() {
+    fn the_path_of_a_process_is_cut_at_the_container() {
         let c1 = ContainerId::new("c1ff");
         let cut = |p| own_directory(p, &c1).map(|p| p.to_str().unwrap().to_owned());
         assert_eq!(unified_path("1:name=systemd:/x\n0::/a/b\n"), Some("/a/b"));
@@ -255,7 +270,30 @@ mod tests {
     }
 
     #[test]
-    fn all_cgroups_below_count_and_none_beside() {
+    fn a_process_is_in_the_container_that_its_cgroup_is_named_for() {
+        let c1 = ContainerId::new("c1ff");
+        for inside in [
+            "0::/kubepods/podu1/c1ff\n",
+            "0::/../../kubepods.slice/cri-containerd-c1ff.scope\n",
+            "0::/a.slice/crio-c1ff.scope/container/init\n",
+            "0::/system.slice:docker:c1ff\n",
+            "12:pids:/kubepods/podu1/c1ff\n0::/\n",
+        ] {
+            assert!(is_in_container(inside, &c1), "{inside}");
+        }
+        for outside in [
+            "",
+            "0::/\n",
+            "0::/kubepods/podu1/c2ff\n",
+            "0::/kubepods/c1ff0\n",
+            "0::/xc1ff\n",
+        ] {
+            assert!(!is_in_container(outside, &c1), "{outside}");
+        }
+    }
+
+    #[test]
+    fn all_cgroups_below_count_and_siblings_do_not() {
         let root = tempfile::tempdir().unwrap();
         let own = root.path().join("kubepods/podu1/c1ff");
         fs::create_dir_all(own.join("init/deep")).unwrap();
@@ -270,7 +308,7 @@ mod tests {
         ];
         expected.sort();
 
-        // From the process's path, and from the spec's where that leads nowhere.
+        // From the process's path, or from the spec's if the process's is unknown or leaves the root.
         for (process, spec) in [
             (Some("0::/kubepods/podu1/c1ff/init\n"), None),
             (
@@ -288,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_is_the_containers_whose_id_it_or_one_above_it_bears() {
+    fn a_cgroup_belongs_to_the_container_whose_id_it_or_an_ancestor_has() {
         let root = tempfile::tempdir().unwrap();
         let at = |path: &str| {
             let path = root.path().join(path);

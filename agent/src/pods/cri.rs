@@ -4,9 +4,11 @@
 
 mod error;
 mod events;
+mod stop_signal;
 
 use std::{future::Future, io, path::Path, sync::Arc, time::Duration};
 
+use ebb_core::ids::{ContainerId, SandboxId};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
     self, ContainerStatusRequest, ContainerStatusResponse, ImageSpec, ImageStatusRequest,
@@ -25,13 +27,12 @@ pub use error::CriError;
 
 use self::error::{DialError, broken_transport, dial_error, dial_failure};
 use super::info::stop_signal;
-use crate::ids::{ContainerId, SandboxId};
 
 /// The API version that ebb speaks, as a runtime reports it in VersionResponse.
 const API_VERSION: &str = "v1";
 
 /// The largest message of the CRI: `maxMsgSize` in kubelet's `pkg/kubelet/cri/remote`. A node's list of
-/// containers with their annotations passes tonic's default of 4 MiB.
+/// containers with their annotations exceeds tonic's default of 4 MiB.
 const MESSAGE_LIMIT: usize = 16 * 1024 * 1024;
 
 /// How long one call may take. Lists and statuses are answered from the runtime's memory; a runtime
@@ -48,12 +49,12 @@ pub struct Cri {
 }
 
 impl Cri {
-    /// Connects to the runtime's socket and makes sure that it is one, and of CRI v1.
+    /// Connects to the runtime's socket, and checks that it serves CRI v1.
     ///
     /// # Errors
-    /// [`CriError`], which tells a socket that is absent or forbidden from one that is something else.
+    /// [`CriError`] if the socket is absent or forbidden, or does not serve CRI v1.
     pub async fn connect(path: &Path) -> Result<Self, CriError> {
-        // Dialled once by hand: the channel would bury the kernel's answer.
+        // Dial once without the channel, which would wrap the kernel's error.
         drop(
             UnixStream::connect(path)
                 .await
@@ -171,10 +172,11 @@ impl Cri {
         )
     }
 
-    /// The stop signal that an image names; `None` if it names none, or there is no such image.
+    /// The stop signal that an image names; `None` if it names none, there is no such image, or the answer can't be
+    /// parsed.
     ///
     /// # Errors
-    /// [`CriError`]. An answer that is not understood names none.
+    /// [`CriError`] if the call fails.
     pub async fn image_stop_signal(&self, image: &str) -> Result<Option<String>, CriError> {
         let request = ImageStatusRequest {
             image: Some(ImageSpec {
@@ -195,7 +197,7 @@ impl Cri {
 
     async fn version(&self) -> Result<VersionResponse, CriError> {
         const CALL: &str = "Version";
-        // Not retried: whoever hangs up on the first call of a fresh connection is not a runtime.
+        // Not retried: a server that closes a new connection on the first call is not a runtime.
         let mut client = self.client.clone();
         let request = VersionRequest {
             version: API_VERSION.into(),
@@ -206,7 +208,7 @@ impl Cri {
             Ok(Err(status)) => status,
         };
         match self.failed(CALL, status) {
-            // containerd with its CRI plugin disabled, and containerd before 1.6, answer so too.
+            // containerd without its CRI plugin, and containerd before 1.6, give this answer, too.
             CriError::Failed { path, status, .. } if status.code() == Code::Unimplemented => {
                 Err(CriError::NotCri {
                     path,
@@ -225,8 +227,7 @@ impl Cri {
         }
     }
 
-    /// One read, repeated once if the connection broke under it: that is how the channel finds out that
-    /// the runtime was restarted.
+    /// One read call, retried once if the connection broke: the channel notices a restart of the runtime only then.
     async fn call<T, F>(
         &self,
         call: &'static str,
@@ -256,7 +257,7 @@ impl Cri {
 
     fn failed(&self, call: &'static str, status: Status) -> CriError {
         match dial_failure(&status) {
-            // `io::Error` is not `Clone`; its number and kind are what matters.
+            // `io::Error` is not `Clone`; its number or kind is enough.
             Some(e) => {
                 let e = e
                     .raw_os_error()
@@ -283,7 +284,7 @@ fn channel(path: &Path) -> Channel {
                 .map_err(DialError)
         }
     });
-    // The address is only what `:authority` says: "localhost", as the kubelet sends from 1.31 on.
+    // The address only sets `:authority`: "localhost", as the kubelet sends from 1.31 on.
     Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector)
 }
 
@@ -300,18 +301,18 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
-    use crate::pods::testing::StandInRuntime;
+    use crate::pods::testing::FakeRuntime;
 
     /// The whole chain on one line, as `main` prints it.
     fn line(e: CriError) -> String {
-        crate::report::text::one_line(&e.into())
+        ebb_core::format::one_line(&e)
     }
 
     #[tokio::test]
     async fn a_runtime_is_recognised_and_named() {
-        let runtime = StandInRuntime::start();
+        let runtime = FakeRuntime::start();
         let cri = Cri::connect(runtime.path()).await.unwrap();
-        assert_eq!(cri.runtime(), "stand-in 0.1");
+        assert_eq!(cri.runtime(), "fake 0.1");
         assert!(cri.ready_sandboxes().await.unwrap().is_empty());
         assert!(
             cri.sandbox_status(&SandboxId::new("gone"))
@@ -357,7 +358,7 @@ mod tests {
 
     #[tokio::test]
     async fn grpc_without_a_runtime_service_is_not_cri() {
-        let runtime = StandInRuntime::start();
+        let runtime = FakeRuntime::start();
         runtime.state().version = None;
         let e = Cri::connect(runtime.path()).await.unwrap_err();
         assert!(matches!(e, CriError::NotCri { .. }), "{e:?}");
@@ -365,7 +366,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_older_api_version_is_refused_by_name() {
-        let runtime = StandInRuntime::start();
+        let runtime = FakeRuntime::start();
         runtime.state().version = Some("v1alpha2".into());
         let e = Cri::connect(runtime.path()).await.unwrap_err();
         assert!(
@@ -376,14 +377,14 @@ mod tests {
 
     #[tokio::test]
     async fn the_connection_outlives_a_restart_of_the_runtime() {
-        let mut runtime = StandInRuntime::start();
+        let mut runtime = FakeRuntime::start();
         let cri = Cri::connect(runtime.path()).await.unwrap();
         runtime.stop();
         let e = cri.containers().await.unwrap_err();
         assert!(matches!(e, CriError::Unreachable { .. }), "{e:?}");
         runtime.restart();
         assert!(cri.containers().await.is_ok());
-        // Restarted between two calls: nobody notices.
+        // After a restart between two calls, the next call succeeds.
         runtime.stop();
         runtime.restart();
         assert!(cri.containers().await.is_ok());

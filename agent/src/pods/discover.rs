@@ -1,4 +1,4 @@
-//! From the runtime's lists to pods and where their sockets are.
+//! Builds the pods from the runtime's lists, and finds where their sockets are.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -7,21 +7,23 @@ use std::{
     time::Duration,
 };
 
+use ebb_core::{
+    ids::{CgroupId, ContainerId, NetnsInode, PodName, PodUid, SandboxId},
+    scope::Scope,
+};
 use futures_util::{StreamExt, stream};
 use k8s_cri::v1::{self, ContainerState};
 use tracing::debug;
 
 use super::{
-    Container, Pod, Scope,
+    Container, Pod,
     cgroup::container_cgroups,
     cri::{Cri, CriError},
-    hook::wait_port,
+    hook::{sleeps, wait_port},
     info::{Info, SandboxFacts, parse_info, sandbox_facts},
+    workload::workload,
 };
-use crate::{
-    ids::{CgroupId, ContainerId, NetnsInode, PodName, PodUid, SandboxId},
-    kernel::Netns,
-};
+use crate::linux::netns::Netns;
 
 /// Labels and annotations that the kubelet puts on sandboxes and containers
 /// (`pkg/kubelet/types/labels.go`; `pkg/kubelet/kuberuntime/labels.go`).
@@ -30,15 +32,15 @@ const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
 const POD_UID: &str = "io.kubernetes.pod.uid";
 const CONTAINER_NAME: &str = "io.kubernetes.container.name";
 const POD_GRACE: &str = "io.kubernetes.pod.terminationGracePeriod";
-const PRE_STOP: &str = "io.kubernetes.container.preStopHandler";
-const PORTS: &str = "io.kubernetes.container.ports";
+pub(crate) const PRE_STOP: &str = "io.kubernetes.container.preStopHandler";
+pub(crate) const PORTS: &str = "io.kubernetes.container.ports";
 
-/// How many statuses are asked for at once: enough to hide a stuck shim behind the others.
+/// How many status calls run at once, so that a stuck shim does not delay the others.
 const STATUSES_AT_ONCE: usize = 8;
 
-/// Where this node keeps what is looked up.
+/// Where to look up namespaces and cgroups on this node.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct NodePaths {
     /// The network namespace that host-network pods share.
     pub host_netns: NetnsInode,
     /// `/proc` of the node's PID namespace.
@@ -47,34 +49,35 @@ pub struct Node {
     pub cgroup_root: PathBuf,
 }
 
-/// Lists the pods of a node. Remembers what does not change in a sandbox's or a container's life, so that
-/// in the normal case a look costs the runtime two calls.
+/// Lists the pods of a node. Caches what does not change during the life of a sandbox or container, so that a list
+/// normally takes two calls to the runtime.
 #[derive(Debug)]
-pub struct Discovery {
+pub(super) struct Discovery {
     cri: Cri,
-    node: Node,
-    sandboxes: HashMap<SandboxId, Known>,
+    node: NodePaths,
+    sandboxes: HashMap<SandboxId, CachedSandbox>,
     containers: HashMap<ContainerId, Info>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct CachedSandbox {
     facts: SandboxFacts,
-    /// Found by the sandbox's own process, which lives as long as the sandbox is ready.
+    /// Set if the sandbox has a process. That lives as long as the sandbox is ready, so the scope does not change.
     netns: Option<Scope>,
 }
 
-/// A sandbox of the list, told to be a pod's.
-struct Listed {
+/// A listed sandbox that belongs to a pod.
+struct ListedSandbox {
     id: SandboxId,
     name: PodName,
+    workload: Option<String>,
     created_at: i64,
+    labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
 }
 
 impl Discovery {
-    /// Starts with nothing known.
-    pub fn new(cri: Cri, node: Node) -> Self {
+    pub(super) fn new(cri: Cri, node: NodePaths) -> Self {
         Self {
             cri,
             node,
@@ -83,17 +86,16 @@ impl Discovery {
         }
     }
 
-    /// All pods with a ready sandbox. A pod of which something can't be found out is
-    /// [`Scope::Untracked`].
+    /// All pods with a ready sandbox. A pod whose sockets ebb can't find is [`Scope::Untracked`].
     ///
     /// # Errors
-    /// [`CriError`] if the runtime can't be asked for its lists.
-    pub async fn list(&mut self) -> Result<Vec<Pod>, CriError> {
+    /// [`CriError`] if a list call fails.
+    pub(super) async fn list(&mut self) -> Result<Vec<Pod>, CriError> {
         let (sandboxes, containers) =
             tokio::try_join!(self.cri.ready_sandboxes(), self.cri.containers())?;
         let sandboxes = newest_of_each_pod(sandboxes);
-        self.forget_all_but(&sandboxes, &containers);
-        let mut untold = self.ask_for_new(&sandboxes).await;
+        self.drop_removed(&sandboxes, &containers);
+        let mut failed = self.fetch_new_statuses(&sandboxes).await;
 
         let mut of_sandbox: HashMap<String, Vec<v1::Container>> = HashMap::new();
         for container in containers {
@@ -107,9 +109,9 @@ impl Discovery {
             let mut own = of_sandbox.remove(sandbox.id.as_str()).unwrap_or_default();
             own.sort_by_key(|c| c.created_at);
             let containers: Vec<Container> = own.into_iter().map(container).collect();
-            let scope = match untold.remove(&sandbox.id) {
-                Some(Untold::Gone) => continue,
-                Some(Untold::Why(why)) => Scope::Untracked(why),
+            let scope = match failed.remove(&sandbox.id) {
+                Some(StatusFailure::NotFound) => continue,
+                Some(StatusFailure::Error(why)) => Scope::Untracked(why),
                 None => self.scope(&sandbox.id, &containers).await,
             };
             let ips = self
@@ -121,6 +123,8 @@ impl Discovery {
                 sandbox: sandbox.id,
                 scope,
                 ips,
+                workload: sandbox.workload,
+                labels: sandbox.labels,
                 annotations: sandbox.annotations,
                 containers,
             });
@@ -128,16 +132,18 @@ impl Discovery {
         Ok(pods)
     }
 
-    fn forget_all_but(&mut self, sandboxes: &[Listed], containers: &[v1::Container]) {
+    fn drop_removed(&mut self, sandboxes: &[ListedSandbox], containers: &[v1::Container]) {
         let ids: HashSet<&SandboxId> = sandboxes.iter().map(|s| &s.id).collect();
         self.sandboxes.retain(|id, _| ids.contains(id));
         let ids: HashSet<&str> = containers.iter().map(|c| c.id.as_str()).collect();
         self.containers.retain(|id, _| ids.contains(id.as_str()));
     }
 
-    /// Asks for the status of every sandbox not known yet. Failures are not remembered, so that the next
-    /// look tries again.
-    async fn ask_for_new(&mut self, listed: &[Listed]) -> HashMap<SandboxId, Untold> {
+    /// Gets the status of every sandbox that is not cached. Failures are not cached, so the next list tries again.
+    async fn fetch_new_statuses(
+        &mut self,
+        listed: &[ListedSandbox],
+    ) -> HashMap<SandboxId, StatusFailure> {
         let new = listed
             .iter()
             .filter(|s| !self.sandboxes.contains_key(&s.id))
@@ -152,18 +158,21 @@ impl Discovery {
             .buffer_unordered(STATUSES_AT_ONCE)
             .collect()
             .await;
-        let mut untold = HashMap::new();
+        let mut failed = HashMap::new();
         for (id, answer) in answers {
             match answer {
                 Ok(Some(answer)) => match sandbox_facts(&answer) {
-                    Ok(facts) => drop(self.sandboxes.insert(id, Known { facts, netns: None })),
-                    Err(e) => drop(untold.insert(id, Untold::Why(chain(&e)))),
+                    Ok(facts) => drop(
+                        self.sandboxes
+                            .insert(id, CachedSandbox { facts, netns: None }),
+                    ),
+                    Err(e) => drop(failed.insert(id, StatusFailure::Error(chain(&e)))),
                 },
-                Ok(None) => drop(untold.insert(id, Untold::Gone)),
-                Err(e) => drop(untold.insert(id, Untold::Why(chain(&e)))),
+                Ok(None) => drop(failed.insert(id, StatusFailure::NotFound)),
+                Err(e) => drop(failed.insert(id, StatusFailure::Error(chain(&e)))),
             }
         }
-        untold
+        failed
     }
 
     async fn scope(&mut self, sandbox: &SandboxId, containers: &[Container]) -> Scope {
@@ -197,7 +206,7 @@ impl Discovery {
             Ok(inode) => inode,
             Err(e) => return Scope::Untracked(format!("cannot look up {}: {e}", link.display())),
         };
-        // It does not matter what was asked for: this is where the processes are.
+        // Whatever the spec asks for, the pod's processes are in the host's namespace.
         if inode == self.node.host_netns {
             return self.host_scope(containers).await;
         }
@@ -208,14 +217,14 @@ impl Discovery {
         scope
     }
 
-    /// A process of the pod where the sandbox has none (CRI-O without infra containers).
+    /// The process of a running container, for a sandbox without one (CRI-O without infra containers).
     async fn pid_of_a_container(&mut self, containers: &[Container]) -> Result<u32, String> {
         for container in containers.iter().filter(|c| c.running) {
             if let Some(Info { pid: Some(pid), .. }) = self.container_info(&container.id).await? {
                 return Ok(pid);
             }
         }
-        Err("its sandbox has no process, and none of its containers runs".into())
+        Err("its sandbox has no process, and no container of it runs".into())
     }
 
     async fn host_scope(&mut self, containers: &[Container]) -> Scope {
@@ -229,13 +238,13 @@ impl Discovery {
         Scope::HostNetwork(ids)
     }
 
-    /// None if the container has gone.
+    /// Empty if the container does not run any more.
     async fn cgroups_of(&mut self, id: &ContainerId) -> Result<Vec<CgroupId>, String> {
         let Some(info) = self.container_info(id).await? else {
             return Ok(Vec::new());
         };
         let (id, node) = (id.clone(), self.node.clone());
-        let look = move || {
+        let read = move || {
             let proc_cgroup = info.pid.and_then(|pid| {
                 fs::read_to_string(node.proc.join(pid.to_string()).join("cgroup")).ok()
             });
@@ -246,7 +255,7 @@ impl Discovery {
                 info.cgroups_path.as_deref(),
             )
         };
-        match tokio::task::spawn_blocking(look).await {
+        match tokio::task::spawn_blocking(read).await {
             Ok(found) => found.map_err(|e| chain(&e)),
             Err(e) => Err(format!("cannot look up the cgroups of its containers: {e}")),
         }
@@ -272,15 +281,15 @@ impl Discovery {
     }
 }
 
-/// Why nothing is known of a sandbox.
-enum Untold {
-    Gone,
-    Why(String),
+/// Why there is no status of a sandbox.
+enum StatusFailure {
+    NotFound,
+    Error(String),
 }
 
-/// A pod whose sandbox died gets a new one under the same UID; the old one may be listed for a while.
-fn newest_of_each_pod(sandboxes: Vec<v1::PodSandbox>) -> Vec<Listed> {
-    let mut newest: BTreeMap<PodUid, Listed> = BTreeMap::new();
+/// A pod whose sandbox died gets a new one under the same UID; the runtime may list the old one for a while.
+fn newest_of_each_pod(sandboxes: Vec<v1::PodSandbox>) -> Vec<ListedSandbox> {
+    let mut newest: BTreeMap<PodUid, ListedSandbox> = BTreeMap::new();
     for sandbox in sandboxes {
         let Some(listed) = listed(sandbox) else {
             continue;
@@ -293,25 +302,25 @@ fn newest_of_each_pod(sandboxes: Vec<v1::PodSandbox>) -> Vec<Listed> {
     newest.into_values().collect()
 }
 
-fn listed(sandbox: v1::PodSandbox) -> Option<Listed> {
+fn listed(sandbox: v1::PodSandbox) -> Option<ListedSandbox> {
     let mut labels = sandbox.labels;
     let metadata = sandbox.metadata.unwrap_or_default();
     let uid = labels.remove(POD_UID).unwrap_or(metadata.uid);
     if uid.is_empty() {
-        debug!(
-            sandbox = sandbox.id,
-            "passing over a sandbox without a pod UID"
-        );
+        debug!(sandbox = sandbox.id, "ignoring a sandbox without a pod UID");
         return None;
     }
-    Some(Listed {
+    let name = labels.remove(POD_NAME).unwrap_or(metadata.name);
+    Some(ListedSandbox {
         id: SandboxId::new(sandbox.id),
+        workload: workload(&name, &labels),
         name: PodName {
             uid: PodUid::new(uid),
             namespace: labels.remove(POD_NAMESPACE).unwrap_or(metadata.namespace),
-            name: labels.remove(POD_NAME).unwrap_or(metadata.name),
+            name,
         },
         created_at: sandbox.created_at,
+        labels: labels.into_iter().collect(),
         annotations: sandbox.annotations.into_iter().collect(),
     })
 }
@@ -325,6 +334,7 @@ fn container(mut container: v1::Container) -> Container {
     let annotation = |name| container.annotations.get(name).map(String::as_str);
     let wait_port =
         annotation(PRE_STOP).map_or(Ok(None), |hook| wait_port(hook, annotation(PORTS)));
+    let pre_stop_sleep = annotation(PRE_STOP).map(sleeps).unwrap_or_default();
     Container {
         id: ContainerId::new(container.id),
         name: container
@@ -335,6 +345,7 @@ fn container(mut container: v1::Container) -> Container {
         running,
         grace: grace.map(Duration::from_secs),
         wait_port,
+        pre_stop_sleep,
     }
 }
 

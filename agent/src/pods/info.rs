@@ -1,4 +1,4 @@
-//! What a runtime's verbose status says about a sandbox or a container. Pure.
+//! Parses the runtime's verbose status of a sandbox, a container or an image. Pure.
 //!
 //! The CRI leaves `info` to the runtime. containerd and CRI-O both put one JSON document under the key
 //! `info`, and the fields used here have the same names in both: `SandboxInfo` and `ContainerInfo` in
@@ -12,39 +12,36 @@ use serde::Deserialize;
 
 /// A verbose status that can't be read.
 #[derive(Debug, thiserror::Error)]
-pub enum InfoError {
-    /// There is no document.
+pub(crate) enum InfoError {
     #[error("the runtime's verbose status holds no `info`")]
     Absent,
-    /// It is of another shape than known.
     #[error("the runtime's verbose status is not understood")]
     Shape(#[from] serde_json::Error),
 }
 
 /// The part of a verbose status that ebb uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Info {
-    /// The first process, in the node's PID namespace. Absent if there is none.
-    pub pid: Option<u32>,
-    /// The runtime class's shim, such as `io.containerd.runc.v2`; CRI-O does not say.
-    pub runtime_type: String,
-    /// Whether the OCI spec asks for a network namespace; `None` if it says nothing about namespaces.
-    pub own_network: Option<bool>,
+pub(crate) struct Info {
+    /// The first process, in the node's PID namespace.
+    pub(crate) pid: Option<u32>,
+    /// The shim, such as `io.containerd.runc.v2`. CRI-O leaves it empty.
+    pub(super) runtime_type: String,
+    /// Whether the OCI spec has a network namespace; `None` if it lists no namespaces.
+    pub(super) own_network: Option<bool>,
     /// `linux.cgroupsPath` of the OCI spec, in the cgroup driver's spelling.
-    pub cgroups_path: Option<String>,
+    pub(super) cgroups_path: Option<String>,
 }
 
-/// What a sandbox's status says.
+/// The part of a sandbox's status that ebb uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SandboxFacts {
-    /// A process in the sandbox. CRI-O drops the infra container where it can, and then there is none.
-    pub pid: Option<u32>,
-    /// It shares the node's network namespace.
-    pub host_network: bool,
-    /// Why its sockets can't be seen from the host, if so.
-    pub hidden: Option<String>,
+pub(crate) struct SandboxFacts {
+    /// The sandbox's process. `None` if CRI-O dropped the infra container.
+    pub(crate) pid: Option<u32>,
+    pub(super) host_network: bool,
+    /// Why the host's kernel does not have its sockets, if so.
+    pub(super) hidden: Option<String>,
     /// Its addresses, the primary one first. None for host-network pods.
-    pub ips: Vec<IpAddr>,
+    pub(super) ips: Vec<IpAddr>,
 }
 
 #[derive(Deserialize)]
@@ -75,13 +72,13 @@ struct RawNamespace {
 /// Reads the `info` map of a verbose status.
 ///
 /// # Errors
-/// [`InfoError`] if there is no JSON document in it, or one of another shape.
-pub fn parse_info(info: &HashMap<String, String>) -> Result<Info, InfoError> {
+/// [`InfoError`] if the map has no JSON document, or one of an unknown shape.
+pub(crate) fn parse_info(info: &HashMap<String, String>) -> Result<Info, InfoError> {
     let raw: RawInfo = serde_json::from_str(info.get("info").ok_or(InfoError::Absent)?)?;
     let linux = raw.runtime_spec.and_then(|s| s.linux);
     let (namespaces, cgroups_path) = linux.map_or((None, None), |l| (l.namespaces, l.cgroups_path));
     Ok(Info {
-        // Zero, or less: not started yet, or gone.
+        // Zero or less: the process has not started, or has exited.
         pid: raw
             .pid
             .and_then(|p| u32::try_from(p).ok())
@@ -92,12 +89,43 @@ pub fn parse_info(info: &HashMap<String, String>) -> Result<Info, InfoError> {
     })
 }
 
+/// The environment with which a container was started: `runtimeSpec.process.env` of its verbose status. The process itself
+/// may have written over the one in `/proc`, as nginx does.
+pub(crate) fn environment(info: &HashMap<String, String>) -> HashMap<String, String> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct RawContainer {
+        runtime_spec: RawRuntimeSpec,
+    }
+    #[derive(Deserialize)]
+    struct RawRuntimeSpec {
+        process: RawProcess,
+    }
+    #[derive(Deserialize)]
+    struct RawProcess {
+        #[serde(default)]
+        env: Vec<String>,
+    }
+    let raw = info
+        .get("info")
+        .and_then(|text| serde_json::from_str::<RawContainer>(text).ok());
+    let variables = raw
+        .map(|raw| raw.runtime_spec.process.env)
+        .unwrap_or_default();
+    let pairs = variables
+        .iter()
+        .filter_map(|variable| variable.split_once('='));
+    pairs
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
+}
+
 /// Reads the stop signal of an image from its verbose status: `imageSpec.config.StopSignal`, in containerd's and
 /// CRI-O's `image_status.go` alike. `None` if the image names none.
 ///
 /// # Errors
 /// [`InfoError`], see [`parse_info`].
-pub fn stop_signal(info: &HashMap<String, String>) -> Result<Option<String>, InfoError> {
+pub(super) fn stop_signal(info: &HashMap<String, String>) -> Result<Option<String>, InfoError> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct RawImage {
@@ -121,7 +149,7 @@ pub fn stop_signal(info: &HashMap<String, String>) -> Result<Option<String>, Inf
 ///
 /// # Errors
 /// [`InfoError`], see [`parse_info`].
-pub fn sandbox_facts(answer: &PodSandboxStatusResponse) -> Result<SandboxFacts, InfoError> {
+pub(super) fn sandbox_facts(answer: &PodSandboxStatusResponse) -> Result<SandboxFacts, InfoError> {
     let info = parse_info(&answer.info)?;
     let status = answer.status.as_ref();
     let options = status
@@ -130,7 +158,7 @@ pub fn sandbox_facts(answer: &PodSandboxStatusResponse) -> Result<SandboxFacts, 
         .and_then(|n| n.options.as_ref());
     let host_network = match options {
         Some(options) => options.network() == NamespaceMode::Node,
-        // Without options it is for the spec to say; where that is silent too, the inode decides.
+        // Without options the OCI spec decides; without namespaces in the spec, `discover` compares the inodes.
         None => info.own_network == Some(false),
     };
     let handler = status.map_or("", |s| s.runtime_handler.as_str());
@@ -155,9 +183,8 @@ const HOST_KERNEL_SHIMS: [&str; 3] = [
     "io.containerd.runtime.v1.linux",
 ];
 
-/// Runtimes that keep a network stack of their own: the pod's TCP sockets are not in the host's kernel.
-/// Told by the shim's name, or by the handler's where the runtime does not give the shim. A shim that is not known
-/// may be one of them.
+/// Why the pod's TCP sockets are not in the host's kernel, if the runtime has its own network stack. The shim's name
+/// decides, or the handler's if the runtime names no shim. An unknown shim may have its own stack.
 fn hidden(runtime_type: &str, handler: &str) -> Option<String> {
     if HOST_KERNEL_SHIMS.contains(&runtime_type) {
         return None;
@@ -171,11 +198,11 @@ fn hidden(runtime_type: &str, handler: &str) -> Option<String> {
         return None;
     } else {
         return Some(format!(
-            "it runs under {runtime_type}, of which ebb does not know whether its sockets are in the host's kernel"
+            "it runs under {runtime_type}, and ebb does not know whether that keeps sockets in the host's kernel"
         ));
     };
     Some(format!(
-        "it runs in a {sandbox} sandbox, whose sockets the host's kernel does not have"
+        "it runs in a {sandbox} sandbox, whose sockets are not in the host's kernel"
     ))
 }
 
@@ -200,7 +227,7 @@ pub(super) mod tests {
       "cniResult": {"Interfaces": {"eth0": {"IPConfigs": [{"IP": "10.88.0.7"}]}}}
     }"#;
 
-    /// containerd 1.6, a host-network pod: the spec asks for no network namespace.
+    /// containerd 1.6, a host-network pod: the spec has no network namespace.
     pub(in crate::pods) const CONTAINERD_HOST: &str = r#"{
       "pid": 4243, "processStatus": "running", "netNamespaceClosed": false, "runtimeHandler": "",
       "runtimeType": "io.containerd.runc.v2",
@@ -249,6 +276,18 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_container_has_the_environment_of_its_spec() {
+        let json =
+            r#"{"pid": 7, "runtimeSpec": {"process": {"env": ["PATH=/bin", "EMPTY=", "A=b=c"]}}}"#;
+        let environment = environment(&info_map(json));
+        let of = |name: &str| environment.get(name).map(String::as_str);
+        assert_eq!(of("PATH"), Some("/bin"));
+        assert_eq!(of("EMPTY"), Some(""));
+        assert_eq!(of("A"), Some("b=c"));
+        assert!(super::environment(&info_map(CONTAINERD)).is_empty());
+    }
+
+    #[test]
     fn containerd_sandbox_with_its_own_network() {
         let facts = sandbox_facts(&answer(CONTAINERD, Some(NamespaceMode::Pod), "")).unwrap();
         assert_eq!(facts.pid, Some(4242));
@@ -264,7 +303,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn host_network_is_told_by_the_options_or_else_by_the_spec() {
+    fn host_network_comes_from_the_options_or_else_from_the_spec() {
         let facts = |json, mode| sandbox_facts(&answer(json, mode, "")).unwrap();
         assert!(facts(CONTAINERD_HOST, Some(NamespaceMode::Node)).host_network);
         assert!(facts(CONTAINERD_HOST, None).host_network);
@@ -306,16 +345,16 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_shim_that_nobody_has_heard_of_is_not_taken_to_show_its_sockets() {
+    fn an_unknown_shim_may_hide_its_sockets() {
         let hidden = |shim: &str, handler: &str| {
             let info = CONTAINERD.replace("io.containerd.runc.v2", shim);
             let facts = sandbox_facts(&answer(&info, None, handler)).unwrap();
             facts.hidden
         };
         assert!(
-            hidden("io.containerd.unheard-of.v1", "")
+            hidden("io.containerd.unknown.v1", "")
                 .unwrap()
-                .contains("io.containerd.unheard-of.v1")
+                .contains("io.containerd.unknown.v1")
         );
         assert_eq!(hidden("io.containerd.runc.v1", "kata-like-name"), None);
         assert_eq!(hidden("", "crun"), None);
@@ -354,7 +393,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_an_error_and_not_a_guess() {
+    fn an_unknown_shape_is_an_error() {
         assert!(matches!(
             parse_info(&HashMap::new()),
             Err(InfoError::Absent)

@@ -1,20 +1,32 @@
-//! What the API server says of this node's pods: above all, which of them are being deleted.
+//! The API server's view of this node's pods: above all, which of them are being deleted.
 //!
-//! One metadata watch per node, on `spec.nodeName`, listed from the API server's cache (as the kubelet
-//! itself does) and kept up with bookmarks. Metadata suffices: deletionTimestamp, the grace period and the
-//! annotations are all there, and spec and status are never sent. Each object is reduced to a [`KubePod`]
-//! as it arrives.
+//! There is one metadata watch per node, on `spec.nodeName`. Its list comes from the API server's cache, as the
+//! kubelet's does, and bookmarks keep it current. The metadata has the deletionTimestamp, the grace period and the
+//! annotations; spec and status are never sent. Each object is reduced to a [`KubePod`] as it arrives.
 //!
-//! While the API server is away the last known state stays, and the watch is tried again with backoff.
+//! While the API server is unreachable, the last known state stays, and the watch is retried with backoff.
+//!
+//! A second watch, on namespaces, has their annotations (`ebb.dev/drain`). Without the right to it, they are ignored.
+
+mod namespaces;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
+use ebb_core::{
+    clock::BootTime,
+    format::one_line,
+    ids::{PodName, PodUid},
+    policy::annotations::PREFIX,
+};
 use futures_util::{Stream, StreamExt};
-use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, Client, Config,
     config::{InClusterError, KubeConfigOptions, KubeconfigError},
@@ -28,11 +40,11 @@ use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
+pub use self::namespaces::NamespaceAnnotations;
 use super::{
     Pod,
-    changes::{Changes, Teller},
+    change_notifier::{ChangeNotifier, ChangeSource},
 };
-use crate::{clock::BootTime, drain::policy::annotations::PREFIX, ids::PodUid};
 
 /// Set by the kubelet on every pod it runs: `api`, or where a static pod came from
 /// (`ConfigSourceAnnotationKey`, `pkg/kubelet/types/pod_update.go`).
@@ -46,12 +58,13 @@ const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
 /// a few milliseconds behind StopContainer.
 pub const LONGEST_WAIT: Duration = Duration::from_millis(300);
 
-/// How long the one question to the API server may take: a stop is waiting for it.
+/// The timeout of the GET of one pod, for which a stop waits.
 const GET_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long the API server may say nothing in the middle of an answer. A watch lasts 290 s and has bookmarks; what
-/// is silent for longer is dead. kube-rs itself waits for the beginning of an answer, and for a list, for ever.
-const SILENT_FOR: Duration = Duration::from_secs(300);
+/// How long the API server may send nothing in the middle of a response. A watch lasts 290 s and has bookmarks, so a
+/// longer silence means a dead connection. By default kube-rs waits for a list, and for the start of a response, for
+/// ever.
+const READ_TIMEOUT: Duration = Duration::from_secs(300);
 
 type PodMeta = PartialObjectMeta<core::Pod>;
 
@@ -65,19 +78,21 @@ pub enum KubeMode {
     Off,
 }
 
-/// A configuration that is there and can't be used.
+/// A configuration that exists and can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KubeError {
     /// In a cluster, but the pod's service account can't be read.
     #[error("cannot read this pod's service account; mount its token, or set --kube=off")]
     ServiceAccount(#[source] InClusterError),
-    /// `$KUBECONFIG` is set and no good.
-    #[error("cannot use the file that $KUBECONFIG names; mend it, unset it, or set --kube=off")]
+    /// `$KUBECONFIG` is set, and its file can't be used.
+    #[error(
+        "cannot use the file that $KUBECONFIG names; fix it, unset the variable, or set --kube=off"
+    )]
     Kubeconfig(#[source] KubeconfigError),
-    /// No client can be made of it.
-    #[error("cannot make a client for the API server; mend its configuration, or set --kube=off")]
+    /// The client can't be built from it.
+    #[error("cannot make a client for the API server; fix its configuration, or set --kube=off")]
     Client(#[source] kube::Error),
-    /// It is not known which node this is.
+    /// The name of this node is unknown.
     #[error("NODE_NAME is not set; set it to the pod's spec.nodeName, or set --kube=off")]
     NoNodeName,
 }
@@ -87,20 +102,21 @@ pub enum KubeError {
 pub struct Deletion {
     /// `metadata.deletionGracePeriodSeconds`. A later delete may shorten it.
     pub grace: Option<Duration>,
-    /// When this grace was first heard of, which is when it began, or somewhat later. If the pod was listed so, when it
-    /// began by the API server's clock: the agent may have been started since.
+    /// When the watch first reported this grace period, which is when it began or somewhat later. For a pod that was
+    /// already being deleted when it was listed, when it began by the API server's clock: the agent may have started
+    /// since.
     pub seen: BootTime,
 }
 
 impl Deletion {
-    /// What is left of the grace, if there is one.
+    /// The rest of the grace period, if there is one.
     pub fn left(self, now: BootTime) -> Option<Duration> {
         let grace = self.grace?;
         Some(grace.saturating_sub(now.since(self.seen)))
     }
 }
 
-/// A pod, as far as the API server's word is needed.
+/// What ebb keeps of a pod in the API server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KubePod {
     /// The UID that the kubelet and the runtime know it by.
@@ -111,46 +127,48 @@ pub struct KubePod {
     pub name: String,
     /// Present while it is being deleted. Never for mirror pods: deleting one does not end its static pod.
     pub deletion: Option<Deletion>,
-    /// Its annotations as they are now: ebb's own, and those that tell a static pod.
+    /// Its current annotations: ebb's own, and those that mark a static pod.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// This node's pods by the API server.
+/// This node's pods according to the API server.
 #[derive(Clone, Debug, Default)]
 pub struct KubePods {
-    /// Whether a complete list was ever received. It is kept when the server goes away.
+    /// Whether a complete list was ever received. Stays true while the server is unreachable.
     pub synced: bool,
     /// The pods.
     pub pods: HashMap<PodUid, KubePod>,
 }
 
 impl KubePods {
-    /// Whether this pod is known to be on its way out.
+    /// Whether the API server has reported this pod's deletion.
     pub fn is_deleting(&self, uid: &PodUid) -> bool {
         self.pods.get(uid).is_some_and(|p| p.deletion.is_some())
     }
 
-    /// A deletion is never taken back, and its grace never grows (`BeforeDelete` in
-    /// `staging/src/k8s.io/apiserver/pkg/registry/rest/delete.go`): news that say so are old. A list from the
-    /// cache of another API server may be.
-    fn still_deleting(&self, news: &mut KubePod) {
-        let Some(known) = self.pods.get(&news.uid).and_then(|p| p.deletion) else {
+    /// Keeps a known deletion that `update` does not have. A deletion is never undone, and its grace period never
+    /// grows (`BeforeDelete` in `staging/src/k8s.io/apiserver/pkg/registry/rest/delete.go`), so such an update is
+    /// old. A list from the cache of another API server may be old.
+    fn keep_deletion(&self, update: &mut KubePod) {
+        let Some(known) = self.pods.get(&update.uid).and_then(|p| p.deletion) else {
             return;
         };
-        let shorter = news.deletion.filter(|new| match (known.grace, new.grace) {
-            (Some(known), Some(new)) => new < known,
-            (known, new) => known.is_none() && new.is_some(),
-        });
-        news.deletion = Some(shorter.unwrap_or(known));
+        let shorter = update
+            .deletion
+            .filter(|new| match (known.grace, new.grace) {
+                (Some(known), Some(new)) => new < known,
+                (known, new) => known.is_none() && new.is_some(),
+            });
+        update.deletion = Some(shorter.unwrap_or(known));
     }
 }
 
 /// Finds the configuration of the API server: the service account, or else `$KUBECONFIG`.
-/// `None`, with one line in the log, if there is neither or `mode` says off.
+/// `None`, with a line in the log, if there is neither or `mode` is off.
 ///
 /// # Errors
-/// [`KubeError`] if there is one that can't be used.
-pub async fn client(mode: KubeMode) -> Result<Option<Client>, KubeError> {
+/// [`KubeError`] if a configuration exists and can't be used.
+async fn client(mode: KubeMode) -> Result<Option<Client>, KubeError> {
     let set = |name| std::env::var_os(name).is_some_and(|v| !v.is_empty());
     let config = match mode {
         KubeMode::Off => {
@@ -167,52 +185,56 @@ pub async fn client(mode: KubeMode) -> Result<Option<Client>, KubeError> {
                 .map_err(KubeError::Kubeconfig)?
         }
         KubeMode::Auto => {
-            info!("no API server: neither a service account nor $KUBECONFIG is there");
+            info!("no API server: found neither a service account nor $KUBECONFIG");
             return Ok(None);
         }
     };
-    Client::try_from(impatient(config))
+    Client::try_from(with_limits(config))
         .map(Some)
         .map_err(KubeError::Client)
 }
 
-/// Has what is silent for longer than [`SILENT_FOR`] given up, unless `config` says otherwise, and each request made
-/// once: the client would repeat what is answered with 429, 503 or 504 up to 15 times, beginning after 5 ms. What is
-/// worth another try has a pace of its own here.
-fn impatient(mut config: Config) -> Config {
-    config.read_timeout.get_or_insert(SILENT_FOR);
+/// Sets [`READ_TIMEOUT`], unless `config` has a timeout, and turns the client's retries off: it would repeat a
+/// request that gets 429, 503 or 504 up to 15 times, the first time after 5 ms. The callers here retry with their own
+/// backoff.
+fn with_limits(mut config: Config) -> Config {
+    config.read_timeout.get_or_insert(READ_TIMEOUT);
     config.default_retry = false;
     config
 }
 
-/// The API server's word on this node's pods. Its watch ends when it is dropped.
+/// The API server's view of this node's pods. Dropping it ends the watch.
 pub struct Kube {
     /// `None`: there is no API server.
     client: Option<Client>,
+    is_up: Arc<AtomicBool>,
     pods: watch::Receiver<Arc<KubePods>>,
-    _watch: Option<AbortOnDropHandle<()>>,
+    namespaces: watch::Receiver<Arc<NamespaceAnnotations>>,
+    _watches: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Kube {
-    /// No API server: nothing is ever known.
+    /// Without an API server: everything stays unknown.
     pub fn off() -> Self {
         Self {
             client: None,
+            is_up: Arc::default(),
             pods: watch::Sender::default().subscribe(),
-            _watch: None,
+            namespaces: watch::Sender::default().subscribe(),
+            _watches: vec![],
         }
     }
 
-    /// Finds the API server as `mode` says, and begins to watch the pods of `node` (`$NODE_NAME`). Does not
-    /// wait for the server. What is kept of a pod is a change when it is new; what is not is a hint: a status tells that
-    /// the runtime has done something.
+    /// Finds the API server as `mode` says, and starts to watch the pods of `node` (`$NODE_NAME`). Does not wait for
+    /// the server. An update that changes a [`KubePod`] notifies `changes`. Any other one counts as a change of
+    /// status, because the runtime may have done something.
     ///
     /// # Errors
-    /// [`KubeError`] if there is a configuration that can't be used.
+    /// [`KubeError`] if a configuration exists and can't be used.
     pub async fn start(
         mode: KubeMode,
         node: Option<&str>,
-        changes: &Arc<Changes>,
+        changes: &Arc<ChangeNotifier>,
     ) -> Result<Self, KubeError> {
         match client(mode).await? {
             None => Ok(Self::off()),
@@ -226,22 +248,27 @@ impl Kube {
     }
 
     /// Watches the pods of `node` with this client.
-    pub fn watch(client: Client, node: &str, changes: &Arc<Changes>) -> Self {
+    pub fn watch(client: Client, node: &str, changes: &Arc<ChangeNotifier>) -> Self {
         let api: Api<PodMeta> = Api::all(client.clone());
-        // Any: from the API server's cache, which holds pods by node. A consistent list would be
-        // read from etcd, by every node of the cluster whenever the server restarts.
-        let mut config = watcher::Config::default()
-            .any_semantic()
-            .fields(&format!("spec.nodeName={node}"));
-        // With a limit, kube-rs asks for the consistent list after all. A node has a few hundred pods.
-        config.page_size = None;
+        let config = from_cache().fields(&format!("spec.nodeName={node}"));
         let events = watcher(api, config).default_backoff();
         let (sender, pods) = watch::channel(Arc::default());
-        let task = tokio::spawn(follow(events, sender, Arc::clone(changes)));
+        let is_up = Arc::<AtomicBool>::default();
+        let of_pods = tokio::spawn(follow(
+            events,
+            sender,
+            Arc::clone(changes),
+            Arc::clone(&is_up),
+        ));
+        let (sender, namespaces) = watch::channel(Arc::default());
+        let of_namespaces = namespaces::follow(client.clone(), sender);
+        let of_namespaces = tokio::spawn(of_namespaces);
         Self {
             client: Some(client),
+            is_up,
             pods,
-            _watch: Some(AbortOnDropHandle::new(task)),
+            namespaces,
+            _watches: [of_pods, of_namespaces].map(AbortOnDropHandle::new).into(),
         }
     }
 
@@ -250,16 +277,27 @@ impl Kube {
         self.client.as_ref()
     }
 
-    /// The pods as the watch tells them.
+    /// Whether the API server answers the watch: its last answer was no error. `None` without an API server.
+    pub fn is_up(&self) -> Option<bool> {
+        let is_up = self.is_up.load(Ordering::Relaxed);
+        self.client.is_some().then_some(is_up)
+    }
+
+    /// The pods, which the watch keeps current.
     pub fn pods(&self) -> watch::Receiver<Arc<KubePods>> {
         self.pods.clone()
     }
 
-    /// Whether `pod` is being deleted: `None` if that can't be known, because there is no API server, it
-    /// does not answer, or the pod is a static one, whose end it does not decide.
+    /// The annotations of namespaces, which the watch keeps current.
+    pub fn namespaces(&self) -> watch::Receiver<Arc<NamespaceAnnotations>> {
+        self.namespaces.clone()
+    }
+
+    /// Whether `pod` is being deleted. `None` if that is unknown: there is no API server, it does not answer, or the
+    /// pod is a static one, whose end the API server does not decide.
     ///
-    /// The watch may be a little behind the kubelet, so it gets up to `wait` ([`LONGEST_WAIT`] at most) to
-    /// say so. Then the server is asked for this one pod, once, for half a second at most.
+    /// The watch may be a little behind the kubelet, so this waits up to `wait` ([`LONGEST_WAIT`] at most) for it.
+    /// Then it gets this one pod from the server, once, within half a second.
     pub async fn is_deleting(&self, pod: &Pod, wait: Duration) -> Option<bool> {
         let client = self.client.as_ref()?;
         if is_static(&pod.annotations) {
@@ -267,31 +305,68 @@ impl Kube {
         }
         let uid = &pod.name.uid;
         let mut pods = self.pods.clone();
-        let told = timeout(
+        let reported = timeout(
             wait.min(LONGEST_WAIT),
             pods.wait_for(|p| p.is_deleting(uid)),
         )
         .await
-        .is_ok_and(|told| told.is_ok());
-        if told {
+        .is_ok_and(|waited| waited.is_ok());
+        if reported {
             return Some(true);
         }
-        let api: Api<PodMeta> = Api::namespaced(client.clone(), &pod.name.namespace);
-        match timeout(GET_TIMEOUT, api.get_opt(&pod.name.name)).await {
-            Ok(Ok(None)) => Some(true),
-            Ok(Ok(Some(meta))) => match reduce(meta)? {
-                // Another pod under its name: this one is gone.
-                other if other.uid != *uid => Some(true),
-                this => Some(this.deletion.is_some()),
-            },
-            Ok(Err(e)) => {
-                debug!(error = %e, pod = pod.name.name, "the API server did not say whether it is being deleted");
-                None
-            }
-            Err(_) => {
-                debug!(pod = pod.name.name, "the API server did not answer in time");
-                None
-            }
+        Some(get(client, &pod.name).await? != PodState::Running)
+    }
+
+    /// Whether the API server says that this pod is gone, or that another pod has its name. False if it does not answer.
+    pub async fn is_removed(&self, pod: &PodName) -> bool {
+        match &self.client {
+            Some(client) => get(client, pod).await == Some(PodState::Gone),
+            None => false,
+        }
+    }
+}
+
+/// The configuration of a watch whose list comes from the API server's cache, which has an index of pods by node. A
+/// consistent list would be read from etcd, by every node of the cluster whenever the server restarts.
+fn from_cache() -> watcher::Config {
+    let mut config = watcher::Config::default().any_semantic();
+    // With a page size, kube-rs requests a consistent list after all. A node has a few hundred pods.
+    config.page_size = None;
+    config
+}
+
+/// What the API server says of one pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PodState {
+    /// It does not exist, or another pod has its name.
+    Gone,
+    /// It is being deleted.
+    Ending,
+    Running,
+}
+
+/// Gets one pod from the API server; `None` if the server does not answer in time.
+async fn get(client: &Client, pod: &PodName) -> Option<PodState> {
+    let api: Api<PodMeta> = Api::namespaced(client.clone(), &pod.namespace);
+    match timeout(GET_TIMEOUT, api.get_opt(&pod.name)).await {
+        Ok(Ok(None)) => Some(PodState::Gone),
+        Ok(Ok(Some(found))) => {
+            let found = reduce(found.metadata)?;
+            Some(if found.uid != pod.uid {
+                PodState::Gone
+            } else if found.deletion.is_some() {
+                PodState::Ending
+            } else {
+                PodState::Running
+            })
+        }
+        Ok(Err(e)) => {
+            debug!(error = %e, %pod, "cannot get the pod from the API server, to see whether it is being deleted");
+            None
+        }
+        Err(_) => {
+            debug!(%pod, "the API server did not answer in time");
+            None
         }
     }
 }
@@ -304,11 +379,12 @@ impl std::fmt::Debug for Kube {
     }
 }
 
-/// Keeps `sender` up with the watch. A list replaces what was known only when it is complete.
+/// Applies the events of the watch to `sender`. A list replaces the known pods only when it is complete.
 async fn follow(
     events: impl Stream<Item = watcher::Result<Event<PodMeta>>>,
     sender: watch::Sender<Arc<KubePods>>,
-    changes: Arc<Changes>,
+    changes: Arc<ChangeNotifier>,
+    is_up: Arc<AtomicBool>,
 ) {
     let mut events = std::pin::pin!(events);
     let mut listing = HashMap::new();
@@ -317,33 +393,37 @@ async fn follow(
     while let Some(event) = events.next().await {
         let event = match event {
             Ok(event) => event,
-            // The place to go on from is no longer in the server's history: it is listed anew.
+            // The server's history no longer has the last resource version: the watcher lists again.
             Err(watcher::Error::WatchError(status)) if status.code == 410 => {
                 debug!("the watch on pods is too far behind; listing them again");
                 continue;
             }
             Err(e) => {
                 if !away {
-                    warn!(error = %e, "lost the API server; going on with what is known, and trying again");
+                    warn!("{}; using the last known pods", trouble(&e));
                 }
                 away = true;
+                is_up.store(false, Ordering::Relaxed);
                 source = None;
                 continue;
             }
         };
-        // A list begins before the server has answered.
+        // `Init` comes before the server has answered.
+        if !matches!(event, Event::Init) {
+            is_up.store(true, Ordering::Relaxed);
+        }
         if away && !matches!(event, Event::Init) {
             away = false;
             info!("the API server is back");
         }
         if !matches!(event, Event::Init | Event::InitApply(_)) {
-            source.get_or_insert_with(|| changes.source(Teller::Api));
+            source.get_or_insert_with(|| changes.add_source(ChangeSource::Api));
         }
         match event {
             Event::Init => listing = HashMap::new(),
             Event::InitApply(meta) => {
                 let since = since_deletion(&meta, SystemTime::now());
-                let Some(mut pod) = reduce(meta) else {
+                let Some(mut pod) = reduce(meta.metadata) else {
                     continue;
                 };
                 if let Some(deletion) = &mut pod.deletion {
@@ -354,40 +434,65 @@ async fn follow(
             Event::InitDone => {
                 let mut pods = std::mem::take(&mut listing);
                 let known = sender.borrow().clone();
-                pods.values_mut().for_each(|pod| known.still_deleting(pod));
+                pods.values_mut().for_each(|pod| known.keep_deletion(pod));
                 sender.send_replace(Arc::new(KubePods { synced: true, pods }));
-                changes.tell();
+                changes.notify();
             }
             Event::Apply(meta) => {
-                let Some(mut pod) = reduce(meta) else {
+                let Some(mut pod) = reduce(meta.metadata) else {
                     continue;
                 };
-                let news = sender.send_if_modified(|all| {
-                    all.still_deleting(&mut pod);
+                let changed = sender.send_if_modified(|all| {
+                    all.keep_deletion(&mut pod);
                     // Status updates, which are most events, change nothing that is kept.
-                    let news = all.pods.get(&pod.uid) != Some(&pod);
-                    if news {
+                    let changed = all.pods.get(&pod.uid) != Some(&pod);
+                    if changed {
                         Arc::make_mut(all).pods.insert(pod.uid.clone(), pod);
                     }
-                    news
+                    changed
                 });
-                if news {
-                    changes.tell();
+                if changed {
+                    changes.notify();
                 } else {
-                    changes.hint();
+                    changes.notify_status();
                 }
             }
             Event::Delete(meta) => {
-                let Some(pod) = reduce(meta) else { continue };
+                let Some(pod) = reduce(meta.metadata) else {
+                    continue;
+                };
                 sender.send_if_modified(|all| Arc::make_mut(all).pods.remove(&pod.uid).is_some());
-                changes.tell();
+                changes.notify();
             }
         }
     }
 }
 
-/// How long ago a pod was deleted, by the clock of the API server: a deletionTimestamp is when the grace ends
-/// (`BeforeDelete`). Zero if it was not, or only in the future.
+/// The answer of the API server that refuses the request, if that is the error.
+fn refusal(error: &watcher::Error) -> Option<&kube::core::Status> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(e) = cause {
+        if let Some(kube::Error::Api(status)) = e.downcast_ref() {
+            return Some(status);
+        }
+        cause = e.source();
+    }
+    None
+}
+
+/// What is wrong with the API server, on one line.
+fn trouble(error: &watcher::Error) -> String {
+    if let Some(status) = refusal(error) {
+        return format!("the API server refuses to list or watch pods: {status}");
+    }
+    if let watcher::Error::WatchError(status) = error {
+        return format!("the API server ended the watch on pods: {status}");
+    }
+    format!("API server unreachable: {}", one_line(error))
+}
+
+/// How long ago a pod was deleted, by the API server's clock: a deletionTimestamp is the end of the grace period
+/// (`BeforeDelete`). Zero if the pod is not being deleted, or if that clock is ahead.
 fn since_deletion(meta: &PodMeta, now: SystemTime) -> Duration {
     let meta = &meta.metadata;
     let grace = meta.deletion_grace_period_seconds.unwrap_or_default();
@@ -402,11 +507,10 @@ fn since_deletion(meta: &PodMeta, now: SystemTime) -> Duration {
         .unwrap_or_default()
 }
 
-/// What is kept of a pod. `None` if it has no UID, which the API server does not do.
-fn reduce(meta: PodMeta) -> Option<KubePod> {
-    let meta = meta.metadata;
+/// What ebb keeps of a pod. `None` without a UID, which the API server always sets.
+fn reduce(meta: ObjectMeta) -> Option<KubePod> {
     let mut annotations = meta.annotations.unwrap_or_default();
-    // What other programs write there is no news, and may be large.
+    // Annotations of other programs are not needed, and may be large.
     annotations.retain(|name, _| {
         name.starts_with(PREFIX) || [CONFIG_SOURCE, CONFIG_MIRROR].contains(&name.as_str())
     });
@@ -434,7 +538,7 @@ fn reduce(meta: PodMeta) -> Option<KubePod> {
 }
 
 /// Whether these are the annotations of a static pod: one that the kubelet has from a file or a URL.
-fn is_static(annotations: &BTreeMap<String, String>) -> bool {
+pub(crate) fn is_static(annotations: &BTreeMap<String, String>) -> bool {
     annotations
         .get(CONFIG_SOURCE)
         .is_some_and(|source| source != "api")

@@ -1,5 +1,5 @@
-//! Which processes of the node are in no pod, by where their cgroups are: the kubelet has all of its pods below
-//! `kubepods` (`cmutil.NodeAllocatableRoot` and `defaultNodeAllocatableCgroupName` in `pkg/kubelet/cm`).
+//! Which processes of the node are in no pod: those with a cgroup outside `kubepods`, below which the kubelet keeps
+//! all pods (`cmutil.NodeAllocatableRoot` and `defaultNodeAllocatableCgroupName` in `pkg/kubelet/cm`).
 
 use std::{
     collections::HashSet,
@@ -9,21 +9,22 @@ use std::{
     sync::Mutex,
 };
 
-use crate::{
-    ids::CgroupId,
-    kernel::cgroups::{is_cgroup2, walk},
-    lock::lock,
+use ebb_core::ids::CgroupId;
+
+use crate::linux::{
+    cgroups::{is_cgroup2, walk},
+    sync::lock,
 };
 
-/// As many are remembered. Few services of a node dial its pods.
-const OUTSIDE: usize = 1024;
+/// How many cgroups to cache. Few services of a node dial its pods.
+const MAX_CACHED: usize = 1024;
 
-/// Tells the cgroups of pods from others.
+/// Tells the cgroups of pods from those of node services.
 #[derive(Debug)]
 pub struct Kubepods {
     /// The mount of cgroup v2.
     root: PathBuf,
-    /// Those that were found outside. An id is not used again while the node is up.
+    /// Cgroups found outside `kubepods`. The kernel does not reuse an id before the next boot.
     outside: Mutex<HashSet<CgroupId>>,
 }
 
@@ -36,14 +37,14 @@ impl Kubepods {
         }
     }
 
-    /// Whether this cgroup was found to be outside before.
+    /// Whether an earlier call found this cgroup outside `kubepods`.
     pub fn is_known_outside(&self, cgroup: CgroupId) -> bool {
         lock(&self.outside).contains(&cgroup)
     }
 
-    /// Whether this cgroup is there and outside of `kubepods`. One that is not known or not found is not. On a node
-    /// with cgroup v1 all processes are in the same one, and so all are taken for outside: the kubelet
-    /// is one of them. Blocking: it may read the whole hierarchy.
+    /// Whether this cgroup exists and is outside `kubepods`; false if it is unknown or not found. On a node with
+    /// cgroup v1, always true: all processes have the same cgroup id there, the kubelet too. Blocking: it may read
+    /// the whole hierarchy.
     pub fn is_outside(&self, cgroup: Option<CgroupId>) -> bool {
         if !is_cgroup2(&self.root) {
             return true;
@@ -53,7 +54,7 @@ impl Kubepods {
 
     fn find_outside(&self, cgroup: CgroupId) -> bool {
         let mut found = fs::metadata(&self.root).is_ok_and(|root| root.ino() == cgroup.0);
-        // What can't be read is not found.
+        // A directory that can't be read counts as not found.
         let _ = walk(&self.root, &mut |entry| {
             if entry.file_name().to_string_lossy().contains("kubepods") {
                 return false;
@@ -63,7 +64,7 @@ impl Kubepods {
         });
         if found {
             let mut known = lock(&self.outside);
-            if known.len() >= OUTSIDE {
+            if known.len() >= MAX_CACHED {
                 known.clear();
             }
             known.insert(cgroup);
@@ -77,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_below_kubepods_is_a_pods_wherever_that_is_and_what_is_not_found_is_nobodys() {
+    fn cgroups_below_kubepods_and_unknown_ones_are_not_outside() {
         let root = tempfile::tempdir().unwrap();
         let kubepods = Kubepods::new(root.path().into());
         let outside = |path: &str| {
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn without_cgroup_v2_nobody_can_be_told_and_nobody_is_refused() {
+    fn without_cgroup_v2_every_process_counts_as_outside() {
         let root = tempfile::tempdir().unwrap();
         let kubepods = Kubepods::new(root.path().into());
         assert!(kubepods.is_outside(Some(CgroupId(1))) && kubepods.is_outside(None));

@@ -1,4 +1,4 @@
-//! The pods of this node at one moment, and the ways to find one.
+//! The pods of one list, and how to find one of them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -6,10 +6,14 @@ use std::{
     sync::Arc,
 };
 
-use super::{Pod, Scope};
-use crate::ids::{ContainerId, PodUid, SandboxId};
+use ebb_core::{
+    ids::{ContainerId, PodName, PodUid, SandboxId},
+    scope::Scope,
+};
 
-/// The pods at one look at the runtime. Never changes; a new look makes a new one.
+use super::Pod;
+
+/// The pods of one list. Immutable: a new list makes a new table.
 #[derive(Debug, Default)]
 pub struct PodTable {
     pods: BTreeMap<PodUid, Arc<Pod>>,
@@ -18,23 +22,63 @@ pub struct PodTable {
     ips: HashMap<IpAddr, PodUid>,
 }
 
-/// A pod that a user named and that can't be told.
+/// A name from a user that does not identify a pod.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FindError {
-    /// There is none.
+    /// No pod matches.
     #[error("no pod on this node is called {wanted:?}; `ebb pods` lists them")]
     NotFound {
-        /// What was asked for.
+        /// The user's text.
         wanted: String,
     },
-    /// There are several.
-    #[error("{wanted:?} may be any of {}; say which by namespace/name or UID", candidates.join(", "))]
+    /// Several pods match.
+    #[error("{wanted:?} matches {} pods; give the whole name of one of them", candidates.len())]
     Ambiguous {
-        /// What was asked for.
+        /// The user's text.
         wanted: String,
-        /// Those it fits, as `namespace/name (uid)`.
+        /// The pods that match, as `namespace/name`, with the UID where two pods have one name.
         candidates: Vec<String>,
     },
+}
+
+impl FindError {
+    /// These pods match.
+    pub fn ambiguous(wanted: &str, found: &[&PodName]) -> Self {
+        Self::Ambiguous {
+            wanted: wanted.into(),
+            candidates: candidates(found),
+        }
+    }
+
+    /// The pods that match, if several do.
+    pub fn candidates(self) -> Vec<String> {
+        match self {
+            Self::NotFound { .. } => vec![],
+            Self::Ambiguous { candidates, .. } => candidates,
+        }
+    }
+}
+
+/// Whether `wanted` is the pod's whole name, `namespace/name` or UID.
+pub fn is_called(pod: &PodName, wanted: &str) -> bool {
+    pod.name == wanted || pod.uid.as_str() == wanted || pod.to_string() == wanted
+}
+
+/// The names of pods, sorted, with the UID where two of them have one name.
+fn candidates(found: &[&PodName]) -> Vec<String> {
+    let is_unique = |pod: &PodName| {
+        let name = |p: &&&PodName| (&p.namespace, &p.name) == (&pod.namespace, &pod.name);
+        found.iter().filter(name).count() == 1
+    };
+    let mut names: Vec<_> = found
+        .iter()
+        .map(|pod| match is_unique(pod) {
+            true => pod.to_string(),
+            false => format!("{pod} (UID {})", pod.uid),
+        })
+        .collect();
+    names.sort();
+    names
 }
 
 impl PodTable {
@@ -47,7 +91,7 @@ impl PodTable {
                 table.containers.insert(container.id.clone(), uid.clone());
             }
             table.sandboxes.insert(pod.sandbox.clone(), uid.clone());
-            // Host-network pods share the node's addresses: theirs say nothing.
+            // Host-network pods share the node's addresses, which identify no pod.
             if !matches!(pod.scope, Scope::HostNetwork(_)) {
                 table
                     .ips
@@ -88,17 +132,25 @@ impl PodTable {
         self.sandboxes.get(id).and_then(|uid| self.pods.get(uid))
     }
 
-    /// The pod with this address of its own.
+    /// The pod that owns this address; never a host-network pod.
     pub fn by_ip(&self, ip: IpAddr) -> Option<&Arc<Pod>> {
         self.ips.get(&ip).and_then(|uid| self.pods.get(uid))
     }
 
-    /// The pod that a user means by `namespace/name`, a bare name, or the beginning of a name or a UID.
-    /// A whole name goes before a beginning.
+    /// The pod that matches `namespace/name`, a name, a UID, or a prefix of a name or UID. An exact match goes before
+    /// a prefix.
     ///
     /// # Errors
-    /// [`FindError`] if it is none or several.
+    /// [`FindError`] if none or several match.
     pub fn find(&self, wanted: &str) -> Result<&Arc<Pod>, FindError> {
+        self.find_in(wanted, None)
+    }
+
+    /// The same, in this namespace only if there is one.
+    ///
+    /// # Errors
+    /// [`FindError`] if none or several match.
+    pub fn find_in(&self, wanted: &str, only: Option<&str>) -> Result<&Arc<Pod>, FindError> {
         let not_found = || FindError::NotFound {
             wanted: wanted.into(),
         };
@@ -110,7 +162,10 @@ impl PodTable {
             return Err(not_found());
         }
         let fits = |test: &dyn Fn(&Pod) -> bool| -> Vec<&Arc<Pod>> {
-            let here = |p: &&Arc<Pod>| namespace.is_none_or(|n| n == p.name.namespace);
+            let here = |p: &&Arc<Pod>| {
+                let is_in = |n: &str| n == p.name.namespace;
+                namespace.is_none_or(is_in) && only.is_none_or(is_in)
+            };
             self.pods
                 .values()
                 .filter(here)
@@ -125,13 +180,10 @@ impl PodTable {
         match found[..] {
             [] => Err(not_found()),
             [pod] => Ok(pod),
-            _ => Err(FindError::Ambiguous {
-                wanted: wanted.into(),
-                candidates: found
-                    .iter()
-                    .map(|p| format!("{}/{} ({})", p.name.namespace, p.name.name, p.name.uid))
-                    .collect(),
-            }),
+            _ => {
+                let names: Vec<_> = found.iter().map(|p| &p.name).collect();
+                Err(FindError::ambiguous(wanted, &names))
+            }
         }
     }
 }
@@ -139,10 +191,8 @@ impl PodTable {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::{
-        ids::{NetnsInode, PodName},
-        pods::Container,
-    };
+    use crate::pods::Container;
+    use ebb_core::ids::{NetnsInode, PodName};
 
     /// A pod `shop/NAME` of running containers.
     pub(crate) fn pod(uid: &str, name: &str, containers: &[&str]) -> Pod {
@@ -158,6 +208,8 @@ pub(crate) mod tests {
                 pid: 1,
             },
             ips: vec!["10.88.0.7".parse().unwrap()],
+            workload: None,
+            labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             containers: containers
                 .iter()
@@ -167,6 +219,7 @@ pub(crate) mod tests {
                     running: true,
                     grace: None,
                     wait_port: Ok(None),
+                    pre_stop_sleep: std::time::Duration::ZERO,
                 })
                 .collect(),
         }
@@ -198,7 +251,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_nodes_address_is_no_pods() {
+    fn the_nodes_address_belongs_to_no_pod() {
         let mut host = pod("u1", "proxy", &[]);
         host.scope = Scope::HostNetwork(vec![]);
         assert!(
@@ -209,7 +262,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn users_name_pods_as_they_please() {
+    fn a_pod_is_found_by_name_uid_or_prefix() {
         let table = PodTable::new([
             pod("aa11", "web-7f9c-x", &[]),
             pod("bb22", "web", &[]),
@@ -233,9 +286,23 @@ pub(crate) mod tests {
         let Err(FindError::Ambiguous { candidates, .. }) = uid("web-7f9c-x") else {
             panic!()
         };
-        assert_eq!(
-            candidates,
-            ["shop/web-7f9c-x (aa11)", "test/web-7f9c-x (aa33)"]
-        );
+        assert_eq!(candidates, ["shop/web-7f9c-x", "test/web-7f9c-x"]);
+        // Only the UID tells a new pod from an old one with its name.
+        let table = PodTable::new([pod("aa11", "db-0", &[]), pod("bb22", "db-0", &[])]);
+        let Err(FindError::Ambiguous { candidates, .. }) = table.find("db-0") else {
+            panic!()
+        };
+        assert_eq!(candidates, ["shop/db-0 (UID aa11)", "shop/db-0 (UID bb22)"]);
+    }
+
+    #[test]
+    fn a_whole_name_is_no_prefix() {
+        let pod = pod("aa11", "web-7f9c", &[]).name;
+        for wanted in ["web-7f9c", "shop/web-7f9c", "aa11"] {
+            assert!(is_called(&pod, wanted), "{wanted}");
+        }
+        for wanted in ["web", "shop/web", "shop/", "aa", "", "test/web-7f9c"] {
+            assert!(!is_called(&pod, wanted), "{wanted}");
+        }
     }
 }

@@ -1,5 +1,5 @@
-//! A stand-in for a container runtime: answers the reads of CRI v1 from what a test puts into it, over
-//! real gRPC on a real unix socket. It runs no containers.
+//! A fake container runtime: serves the read calls of CRI v1 from state that a test sets, over real gRPC on a real
+//! unix socket. It runs no containers.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,9 +22,8 @@ use tokio_util::task::AbortOnDropHandle;
 const NOT_FOUND: u32 = 5;
 const UNIMPLEMENTED: u32 = 12;
 
-/// What the stand-in answers with.
 #[derive(Default)]
-pub(super) struct State {
+pub(super) struct FakeRuntimeState {
     /// `runtime_api_version`; `None`: there is no RuntimeService at all.
     pub(super) version: Option<String>,
     pub(super) sandboxes: Vec<v1::PodSandbox>,
@@ -37,20 +36,20 @@ pub(super) struct State {
     pub(super) delay: Duration,
 }
 
-pub(super) struct StandInRuntime {
+pub(super) struct FakeRuntime {
     _dir: tempfile::TempDir,
     path: PathBuf,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<FakeRuntimeState>>,
     server: Option<AbortOnDropHandle<()>>,
 }
 
-impl StandInRuntime {
+impl FakeRuntime {
     pub(super) fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("cri.sock");
-        let state = State {
+        let state = FakeRuntimeState {
             version: Some("v1".into()),
-            ..State::default()
+            ..FakeRuntimeState::default()
         };
         let mut it = Self {
             _dir: dir,
@@ -66,7 +65,7 @@ impl StandInRuntime {
         &self.path
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, FakeRuntimeState> {
         self.state.lock().unwrap()
     }
 
@@ -100,7 +99,7 @@ impl StandInRuntime {
 }
 
 async fn answer(
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<FakeRuntimeState>>,
     request: Request<Incoming>,
 ) -> Result<Response<impl hyper::body::Body<Data = Bytes, Error = Infallible>>, Infallible> {
     let path = request.uri().path().to_owned();
@@ -135,7 +134,7 @@ async fn answer(
         .unwrap())
 }
 
-fn reply(state: &mut State, path: &str, message: Bytes) -> Result<Vec<u8>, u32> {
+fn reply(state: &mut FakeRuntimeState, path: &str, message: Bytes) -> Result<Vec<u8>, u32> {
     let version = state.version.clone().ok_or(UNIMPLEMENTED)?;
     let call = path
         .strip_prefix("/runtime.v1.RuntimeService/")
@@ -144,7 +143,7 @@ fn reply(state: &mut State, path: &str, message: Bytes) -> Result<Vec<u8>, u32> 
     match call {
         "Version" => Ok(v1::VersionResponse {
             version: "0.1.0".into(),
-            runtime_name: "stand-in".into(),
+            runtime_name: "fake".into(),
             runtime_version: "0.1".into(),
             runtime_api_version: version,
         }

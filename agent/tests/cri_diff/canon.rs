@@ -1,8 +1,6 @@
-//! Two replies to the same request differ in what the runtime makes up and measures. Everything else has to
-//! be the same.
+//! Two replies to the same request may differ in values that the runtime generates or measures, and in nothing else.
 //!
-//! Messages are compared as they are on the wire, without their schema, so that fields which these tests
-//! have never heard of count as well.
+//! Messages are compared in their wire format, without their schema, so that fields unknown to these tests count too.
 
 use std::{collections::BTreeMap, sync::LazyLock};
 
@@ -10,16 +8,16 @@ use anyhow::Result;
 use regex::Regex;
 
 use crate::{
-    client::{Fields, Outcome, Played, unhex},
+    client::{Fields, Outcome, Recording, unhex},
     script::Step,
 };
 
-/// What differs in any two replies, and what is put in its place. The ids of the pod and its containers
-/// come on top.
-static MADE_UP: LazyLock<Vec<(Regex, &'static str)>> = LazyLock::new(|| {
+/// Values that differ in any two replies, and their placeholders. The ids of the pod and its containers are replaced
+/// too.
+static GENERATED: LazyLock<Vec<(Regex, &'static str)>> = LazyLock::new(|| {
     let patterns = [
         (r"\d{4}-\d\d-\d\dT[\d:.]+(Z|[+-][\d:]+)", "<time>"),
-        // Not the one digit of a namespace mode.
+        // A single digit is a namespace mode.
         (r#""pid":\d{2,}"#, "<pid>"),
         (r"/proc/\d+/ns/", "/proc/<pid>/ns/"),
         // The URLs that Exec, Attach and PortForward answer with.
@@ -32,9 +30,9 @@ static MADE_UP: LazyLock<Vec<(Regex, &'static str)>> = LazyLock::new(|| {
         (r"netns/cni-[0-9a-f-]+", "netns/<netns>"),
         (r"veth[0-9a-f]{8}", "<veth>"),
         (r"([0-9a-f]{2}:){5}[0-9a-f]{2}", "<mac>"),
-        // ExecSync's own name for what it runs, in its errors.
+        // The id that ExecSync gives its command, in errors.
         (r#"exec "[0-9a-f]{64}""#, r#"exec "<exec>""#),
-        // A snapshot of containerd's overlay file system, by its running number.
+        // The number of a snapshot in containerd's overlay file system.
         (r"snapshots/\d+/", "snapshots/<n>/"),
     ];
     patterns
@@ -43,7 +41,7 @@ static MADE_UP: LazyLock<Vec<(Regex, &'static str)>> = LazyLock::new(|| {
         .collect()
 });
 
-/// Calls whose replies are figures that were measured just then.
+/// Calls whose replies contain measured figures.
 const MEASURED: [&str; 6] = [
     "ImageFsInfo",
     "ContainerStats",
@@ -53,14 +51,14 @@ const MEASURED: [&str; 6] = [
     "ListPodSandboxMetrics",
 ];
 
-/// Nanoseconds since 1970 from 2017 on; no other number of the CRI is as large, limits aside.
+/// Times from 2017 on, in nanoseconds since 1970. Except for limits, no other number of the CRI is as large.
 const TIMES: std::ops::Range<u64> = 1_500_000_000_000_000_000..4_000_000_000_000_000_000;
 
 /// One line for each step and part of its outcome.
-pub(crate) fn canonical(script: &[Step], played: &Played) -> Result<Vec<String>> {
+pub(crate) fn canonical(script: &[Step], recording: &Recording) -> Result<Vec<String>> {
     let mut lines = Vec::new();
-    for (number, (step, outcome)) in script.iter().zip(&played.outcomes).enumerate() {
-        for line in outcome_lines(step, outcome, &played.ids.iter().collect())? {
+    for (number, (step, outcome)) in script.iter().zip(&recording.outcomes).enumerate() {
+        for line in outcome_lines(step, outcome, &recording.ids.iter().collect())? {
             lines.push(format!("{number} {}: {line}", step.method));
         }
     }
@@ -76,8 +74,8 @@ fn outcome_lines(
     let canon = Canon {
         ids,
         measured: MEASURED.contains(&method),
-        // Each event has the state of its pod at that moment, which a later call may already have changed.
-        // Its container and its kind do not change.
+        // An event contains the pod's state at that moment, which a later call may already have changed. Its container
+        // and its kind do not change.
         only: (method == "GetContainerEvents").then_some(&[1, 2]),
     };
     let fields = |what, fields: &Fields| {
@@ -123,13 +121,13 @@ impl Canon<'_> {
                 &format!("<{}>", placeholder.trim_end_matches('-')),
             );
         }
-        for (pattern, with) in MADE_UP.iter() {
+        for (pattern, with) in GENERATED.iter() {
             text = pattern.replace_all(&text, *with).into_owned();
         }
         text
     }
 
-    /// A message with its fields in the order of their numbers and values: Go's maps have no order.
+    /// A message with its fields sorted by number and value, because Go's maps have no order.
     fn message(&self, mut bytes: &[u8], outermost: bool) -> Option<String> {
         let mut fields = Vec::new();
         while !bytes.is_empty() {
@@ -144,7 +142,7 @@ impl Canon<'_> {
         }
         fields.sort();
         if self.measured {
-            // A figure that is 0 is not there at all.
+            // A figure of 0 is not encoded at all.
             fields.retain(|(_, value)| value != "<figure>" && value != "{}");
         }
         let fields: Vec<_> = fields.iter().map(|(n, v)| format!("{n}: {v}")).collect();

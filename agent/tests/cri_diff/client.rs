@@ -1,4 +1,4 @@
-//! Plays the script and shows what HTTP/2 carried: headers, messages and trailers, apart from each other.
+//! Runs the script and records what HTTP/2 carried: headers, messages and trailers separately.
 
 use std::{collections::HashMap, path::Path, time::Duration};
 
@@ -14,60 +14,59 @@ use tokio_util::sync::CancellationToken;
 
 use crate::script::Step;
 
-/// Events that have not come by now do not come.
+/// How long to wait for events that may still come.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// For a call that hangs.
+/// The longest that a call may take.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Names with their values, in order.
+/// Names and values, sorted.
 pub(crate) type Fields = Vec<(String, String)>;
 
 /// What came back for one step.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct Outcome {
-    /// The HTTP status and how the call ended, or what else a client shows of it.
+    /// The HTTP status or the error of the call, or the gRPC status where the client shows only that.
     pub(crate) status: String,
     /// The headers; `grpc-status` is among them in a reply that has nothing else.
     pub(crate) headers: Fields,
     /// The messages, in hexadecimal digits.
     pub(crate) messages: Vec<String>,
-    /// The trailers.
     pub(crate) trailers: Option<Fields>,
 }
 
 /// What came back for the whole script.
 #[derive(Debug, Default, Deserialize)]
-pub(crate) struct Played {
+pub(crate) struct Recording {
     /// One for each step.
     pub(crate) outcomes: Vec<Outcome>,
-    /// Placeholders, and the ids that took their places.
+    /// Placeholders, and the ids that replaced them.
     pub(crate) ids: HashMap<String, String>,
 }
 
 type Sender = http2::SendRequest<Full<Bytes>>;
 
-/// Plays `script` at `socket`, on one connection.
-pub(crate) async fn run(script: &[Step], socket: &Path) -> Result<Played> {
+/// Runs `script` against `socket`, on one connection.
+pub(crate) async fn run(script: &[Step], socket: &Path) -> Result<Recording> {
     let stream = UnixStream::connect(socket).await?;
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .handshake(TokioIo::new(stream))
         .await?;
     tokio::spawn(connection);
-    let mut played = Played::default();
+    let mut recording = Recording::default();
     let end = CancellationToken::new();
     let mut streams: Vec<(usize, JoinHandle<Result<Outcome>>)> = Vec::new();
     for (number, step) in script.iter().enumerate() {
         let mut message = step.request.clone();
-        for (placeholder, id) in &played.ids {
+        for (placeholder, id) in &recording.ids {
             message = message.replace(&hex(placeholder.as_bytes()), &hex(id.as_bytes()));
         }
         let request = request(&step.method, &unhex(&message)?)?;
         if step.streams {
             let call = call(sender.clone(), request, end.clone());
             streams.push((number, tokio::spawn(call)));
-            played.outcomes.push(Outcome::default());
-            // Whatever follows is to be seen by it.
+            recording.outcomes.push(Outcome::default());
+            // The stream must be open before the next call.
             tokio::time::sleep(QUIET).await;
             continue;
         }
@@ -76,19 +75,19 @@ pub(crate) async fn run(script: &[Step], socket: &Path) -> Result<Played> {
             .map_err(Into::into)
             .flatten()
             .with_context(|| step.method.clone())?;
-        if let Some(placeholder) = &step.learns {
+        if let Some(placeholder) = &step.saves_id_as {
             let id = outcome.messages.first().and_then(|m| first_string(m));
             let id = id.with_context(|| format!("{} gave no id: {outcome:?}", step.method))?;
-            played.ids.insert(placeholder.clone(), id);
+            recording.ids.insert(placeholder.clone(), id);
         }
-        played.outcomes.push(outcome);
+        recording.outcomes.push(outcome);
     }
     tokio::time::sleep(QUIET).await;
     end.cancel();
     for (number, stream) in streams {
-        played.outcomes[number] = stream.await??;
+        recording.outcomes[number] = stream.await??;
     }
-    Ok(played)
+    Ok(recording)
 }
 
 fn request(path: &str, message: &[u8]) -> Result<Request<Full<Bytes>>> {
@@ -108,13 +107,13 @@ fn request(path: &str, message: &[u8]) -> Result<Request<Full<Bytes>>> {
         .body(Full::new(frame.freeze()))?)
 }
 
-/// Makes a call, and reads what comes until it is over, or until `end`.
+/// Makes a call, and reads the reply until it is complete or `end` is cancelled.
 async fn call(
     mut sender: Sender,
     request: Request<Full<Bytes>>,
     end: CancellationToken,
 ) -> Result<Outcome> {
-    // A stream of events may have no headers before its first one.
+    // A stream of events may have no headers before its first event.
     let reply = tokio::select! {
         reply = sender.send_request(request) => reply,
         () = end.cancelled() => bail!("no answer until the end"),
@@ -171,7 +170,7 @@ fn fields(headers: &HeaderMap) -> Fields {
     fields
 }
 
-/// The string in field 1 of a message: the id, in the replies that tell one.
+/// The string in field 1 of a message: the id, in replies that contain one.
 fn first_string(message: &str) -> Option<String> {
     let message = unhex(message).ok()?;
     let (head, rest) = message.split_at_checked(2)?;

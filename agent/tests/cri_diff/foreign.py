@@ -1,4 +1,4 @@
-"""Plays the script with gRPC's C core, and prints what came back as JSON.
+"""Runs the script with gRPC's C core, and prints the replies as JSON.
 
 The script comes on standard input, as JSON; the socket is the only argument. Messages pass as bytes, so that
 no generated code is needed.
@@ -60,7 +60,7 @@ class Stream:
 
 
 def main():
-    # As kubelets from 1.31 on. The C core's own choice for a unix socket is its path.
+    # Kubelets send this from 1.31 on. The C core's default for a unix socket is its path.
     options = [("grpc.default_authority", "localhost")]
     channel = grpc.insecure_channel("unix:" + sys.argv[1], options)
     ids, outcomes, streams = {}, [], []
@@ -74,11 +74,11 @@ def main():
             time.sleep(QUIET)
             continue
         result = unary(channel, step["method"], request)
-        if step["learns"]:
+        if step["saves_id_as"]:
             if not result["messages"]:
                 sys.exit(f"{step['method']}: {result}")
             message = bytes.fromhex(result["messages"][0])
-            ids[step["learns"]] = message[2 : 2 + message[1]].decode()
+            ids[step["saves_id_as"]] = message[2 : 2 + message[1]].decode()
         outcomes.append(result)
     time.sleep(QUIET)
     for number, stream in streams:

@@ -1,15 +1,15 @@
-//! Plays the script with grpcio: gRPC's C core, which has nothing in common with the proxy's own stack.
+//! Runs the script with grpcio: gRPC's C core, which shares no code with the proxy's own stack.
 
 use std::{path::Path, process::Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb_node::parts::Parts;
+use ebb_testkit::parts::Parts;
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
-use crate::{client::Played, script::Step};
+use crate::{client::Recording, script::Step};
 
-/// Plays `script` at `socket`.
-pub(crate) async fn run(script: &[Step], socket: &Path) -> Result<Played> {
+/// Runs `script` against `socket`.
+pub(crate) async fn run(script: &[Step], socket: &Path) -> Result<Recording> {
     let grpcio = Parts::directory().join("python");
     ensure!(
         grpcio.join("grpc").is_dir(),

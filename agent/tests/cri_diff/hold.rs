@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb_node::{
+use ebb_testkit::{
     Node, http,
     kubelet::{ContainerSpec, PodSpec},
 };
@@ -14,7 +14,7 @@ use crate::node::{agent, directory, proxy};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A pod of two containers is stopped while somebody is connected.
+/// Stops a pod of two containers while a client is connected to it.
 pub(crate) async fn held_until_drained(node: &Node) -> Result<()> {
     let run = directory(node)?;
     let _agent = agent(node, &run).await?;

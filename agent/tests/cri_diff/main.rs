@@ -1,9 +1,9 @@
-//! The CRI proxy makes no difference: one script with every RPC of the CRI, run against a real containerd
-//! directly and through the proxy, by a client that sees HTTP/2 as it is, and by a gRPC stack that is not
-//! Rust's. With the containerds of three Debian releases, each of which also gets one hold.
+//! The CRI proxy changes no reply: a script with every RPC of the CRI runs against a real containerd, directly and
+//! through the proxy. One client records HTTP/2 as it is, the other is gRPC's C core. Each of three Debian releases'
+//! containerds also gets one hold.
 //!
 //! Every trial on a node starts this executable again, as the outer process of a sandbox of its own. Needs
-//! root and what `cargo xtask setup` fetches, and fails without it.
+//! root and what `cargo xtask setup` fetches, and fails without them.
 
 mod canon;
 mod client;
@@ -16,33 +16,36 @@ mod script;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb_node::{helpers, sandbox};
+use ebb_testkit::{helpers, sandbox};
 use libtest_mimic::{Arguments, Trial};
 
 use crate::node::Stack;
 
-/// What a child process is to play: `RELEASE/SCENARIO`.
-const SCENE: &str = "EBB_CRI_DIFF";
+/// The variable that tells a child process what to run: `RELEASE/SCENARIO`.
+const SCENARIO: &str = "EBB_CRI_DIFF";
 
-/// Debian's releases and the containerd that each is expected to have.
+/// Debian releases, and the containerd version that each must have.
 const RELEASES: [(&str, &str); 3] = [("bookworm", "1.6."), ("trixie", "1.7."), ("forky", "2.")];
 
 const SCENARIOS: [(&str, &str); 3] = [
-    ("raw", "answers_the_same_through_the_proxy_bit_by_bit"),
+    (
+        "raw",
+        "answers_a_raw_http2_client_the_same_through_the_proxy",
+    ),
     (
         "foreign",
-        "answers_the_same_through_the_proxy_to_the_c_core",
+        "answers_the_grpc_c_core_the_same_through_the_proxy",
     ),
-    ("hold", "is_kept_from_stopping_a_pod_until_it_has_drained"),
+    ("hold", "gets_no_stop_of_a_pod_until_it_has_drained"),
 ];
 
 fn main() -> ExitCode {
     if let Some(code) = helpers::dispatch() {
         return code;
     }
-    if let Ok(scene) = std::env::var(SCENE) {
+    if let Ok(scenario) = std::env::var(SCENARIO) {
         sandbox::end_with_parent();
-        return sandbox::inside(|| match play(&scene) {
+        return sandbox::inside(|| match run(&scenario) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("{error:#}");
@@ -65,10 +68,10 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-/// Plays a scene in a process of its own.
-fn child(scene: &str) -> Result<()> {
+/// Runs a scenario in a process of its own.
+fn child(scenario: &str) -> Result<()> {
     let me = std::env::current_exe()?;
-    let out = Command::new(me).env(SCENE, scene).output()?;
+    let out = Command::new(me).env(SCENARIO, scenario).output()?;
     ensure!(
         out.status.success(),
         "{}\n{}",
@@ -78,8 +81,8 @@ fn child(scene: &str) -> Result<()> {
     Ok(())
 }
 
-fn play(scene: &str) -> Result<()> {
-    let (release, scenario) = scene.split_once('/').context("RELEASE/SCENARIO")?;
+fn run(scenario: &str) -> Result<()> {
+    let (release, scenario) = scenario.split_once('/').context("RELEASE/SCENARIO")?;
     let known = RELEASES.into_iter().find(|(name, _)| *name == release);
     let (_, version) = known.context("no such release")?;
     let runtime = tokio::runtime::Runtime::new()?;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ebb_node::{Node, parts::Parts};
+use ebb_testkit::{Node, helpers::beside, parts::Parts};
 use k8s_cri::v1::VersionRequest;
 use tokio::{
     net::UnixStream,
@@ -17,10 +17,12 @@ use tokio::{
 
 use crate::{
     canon::canonical,
-    client::{self, Played},
+    client::{self, Recording},
     foreign,
     script::{self, Step},
 };
+
+const EBB: &str = env!("CARGO_BIN_EXE_ebb");
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -41,17 +43,17 @@ pub(crate) async fn start(release: &str, version: &str) -> Result<Node> {
     Ok(node)
 }
 
-/// Who plays the script.
+/// The client that runs the script.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Stack {
-    /// A client that shows what HTTP/2 carries.
+    /// A client that records HTTP/2 as it is.
     Http2,
     /// gRPC's C core.
     GrpcCore,
 }
 
 impl Stack {
-    async fn run(self, script: &[Step], socket: &Path) -> Result<Played> {
+    async fn run(self, script: &[Step], socket: &Path) -> Result<Recording> {
         match self {
             Self::Http2 => client::run(script, socket).await,
             Self::GrpcCore => foreign::run(script, socket).await,
@@ -59,13 +61,13 @@ impl Stack {
     }
 }
 
-/// Plays the script directly and through a proxy, and fails with the first line that differs.
+/// Runs the script directly and through a proxy, and fails with the first line that differs.
 pub(crate) async fn compare(node: &Node, stack: Stack) -> Result<()> {
     let script = &script::script()?;
     let socket = directory(node)?.join("cri.sock");
     let _proxy = proxy(node, &socket, Path::new("/nowhere/agent.sock")).await?;
-    // Once beforehand: containerd 1.7's first event after a subscriber has gone is lost (its one channel of
-    // events still has that subscriber as a reader), and both runs are to find it so.
+    // A run beforehand, so that both compared runs start alike: containerd 1.7 loses the first event after a subscriber
+    // has gone, because its one channel of events still has that subscriber as a reader.
     stack.run(script, node.socket()).await?;
     let direct = stack.run(script, node.socket()).await.context("directly")?;
     let proxied = stack
@@ -78,7 +80,7 @@ pub(crate) async fn compare(node: &Node, stack: Stack) -> Result<()> {
     if let Some(file) = std::env::var_os("EBB_CRI_DIFF_LOG") {
         std::fs::write(file, direct.join("\n"))?;
     }
-    // Most of it has to be success, or nothing is compared.
+    // Enough calls must succeed, or errors alone are compared.
     let good = |lines: &[String]| {
         let good = |l: &&String| l.contains("grpc-status=0") || l.contains(": status OK ");
         lines.iter().filter(good).count()
@@ -91,7 +93,7 @@ pub(crate) async fn compare(node: &Node, stack: Stack) -> Result<()> {
     Ok(())
 }
 
-/// Where two lines part.
+/// The part of two lines from where they differ.
 fn difference(left: &str, right: &str) -> String {
     let same = left.chars().zip(right.chars()).take_while(|(l, r)| l == r);
     let from = same.count().saturating_sub(80);
@@ -106,14 +108,14 @@ fn difference(left: &str, right: &str) -> String {
 
 /// A directory for sockets and logs.
 pub(crate) fn directory(node: &Node) -> Result<PathBuf> {
-    let directory = node.place().directory().join("ebb");
+    let directory = node.paths().directory().join("ebb");
     std::fs::create_dir_all(&directory)?;
     Ok(directory)
 }
 
-/// Starts `ebb cri-proxy`.
+/// Starts `ebb-cri-proxy`.
 pub(crate) async fn proxy(node: &Node, socket: &Path, agent: &Path) -> Result<Child> {
-    let mut command = ebb(&["cri-proxy"]);
+    let mut command = without_input(&beside(EBB, "ebb-cri-proxy"));
     command.arg("--listen").arg(socket);
     command.arg("--runtime").arg(node.socket());
     let mut child = command.arg("--agent").arg(agent).spawn()?;
@@ -123,7 +125,8 @@ pub(crate) async fn proxy(node: &Node, socket: &Path, agent: &Path) -> Result<Ch
 
 /// Starts `ebb agent`.
 pub(crate) async fn agent(node: &Node, run: &Path) -> Result<Child> {
-    let mut command = ebb(&["agent", "--kube", "off", "--quiet", "300ms"]);
+    let mut command = without_input(Path::new(EBB));
+    command.args(["agent", "--kube", "off", "--quiet", "300ms"]);
     command.args(["--http", "127.0.0.1:19690", "--cri-socket"]);
     command.arg(node.socket()).arg("--run-dir").arg(run);
     let mut child = command.spawn()?;
@@ -131,10 +134,10 @@ pub(crate) async fn agent(node: &Node, run: &Path) -> Result<Child> {
     Ok(child)
 }
 
-fn ebb(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
-    command.args(arguments).kill_on_drop(true);
-    // What it logs is part of what a failed trial shows.
+fn without_input(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.kill_on_drop(true);
+    // Its log on standard error is part of a failed trial's output.
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command
 }

@@ -1,10 +1,10 @@
-//! Every RPC, in an order in which most can succeed, and the errors that runtimes are asked for most.
+//! Every RPC, in an order in which most can succeed, and the most common errors.
 //!
-//! Requests are bytes. Where one has to name what an earlier call made, it has a placeholder of the same
-//! length as the runtime's ids, so that whoever plays the script only has to put one in the other's place.
+//! Requests are bytes. A request that needs an id from an earlier reply has a placeholder of the same length as the
+//! runtime's ids, so that a client only has to replace bytes.
 
 use anyhow::Result;
-use ebb_node::{image, sandbox};
+use ebb_testkit::{image, sandbox};
 use k8s_cri::v1::*;
 use prost::Message;
 use serde::Serialize;
@@ -12,17 +12,17 @@ use serde::Serialize;
 /// One call.
 #[derive(Debug, Serialize)]
 pub(crate) struct Step {
-    /// Its path.
+    /// The gRPC path.
     pub(crate) method: String,
     /// The request, in hexadecimal digits.
     pub(crate) request: String,
-    /// The placeholder of the id that its reply tells, if it does.
-    pub(crate) learns: Option<String>,
-    /// Whether its reply is a stream, to be read beside all that follows.
+    /// The placeholder for the id in its reply, if there is one.
+    pub(crate) saves_id_as: Option<String>,
+    /// Whether its reply is a stream, which is read during all later calls.
     pub(crate) streams: bool,
 }
 
-/// What stands for an id before it is known.
+/// A placeholder for an id that is not known yet.
 fn placeholder(name: &str) -> String {
     format!("{name:-<64}")
 }
@@ -34,7 +34,7 @@ impl Script {
         self.0.push(Step {
             method: format!("/{service}/{method}"),
             request: request.iter().map(|b| format!("{b:02x}")).collect(),
-            learns: None,
+            saves_id_as: None,
             streams: false,
         });
         let last = self.0.len() - 1;
@@ -54,7 +54,7 @@ impl Script {
     }
 }
 
-/// The script. It leaves nothing behind, so it can be played again.
+/// The script. It leaves nothing behind, so it can be run again.
 pub(crate) fn script() -> Result<Vec<Step>> {
     let mut script = Script(Vec::new());
     script
@@ -119,7 +119,7 @@ fn pod(script: &mut Script) {
                 runtime_handler: String::new(),
             },
         )
-        .learns = Some(sandbox.clone());
+        .saves_id_as = Some(sandbox.clone());
     for verbose in [false, true] {
         let pod_sandbox_id = sandbox.clone();
         script.runtime(
@@ -137,7 +137,7 @@ fn pod(script: &mut Script) {
             config: Some(container_config(name)),
             sandbox_config: Some(config.clone()),
         };
-        script.runtime("CreateContainer", &request).learns = Some(id.clone());
+        script.runtime("CreateContainer", &request).saves_id_as = Some(id.clone());
     }
     container_status(script, &app, false);
     for container_id in [app.clone(), rest.clone()] {
@@ -171,7 +171,7 @@ fn pod(script: &mut Script) {
     script.runtime("ListPodSandbox", &ListPodSandboxRequest::default());
 }
 
-/// What is asked of a container that runs.
+/// Calls about a running container.
 fn running(script: &mut Script, sandbox: &str, app: &str) {
     let id = || app.to_owned();
     let linux = Some(LinuxContainerResources {
@@ -251,10 +251,10 @@ fn running(script: &mut Script, sandbox: &str, app: &str) {
 }
 
 fn errors(script: &mut Script) {
-    let nobody = || "nobody".to_owned();
-    container_status(script, "nobody", false);
+    let absent = || "absent".to_owned();
+    container_status(script, "absent", false);
     container_status(script, "", false);
-    let pod_sandbox_id = nobody();
+    let pod_sandbox_id = absent();
     script.runtime(
         "PodSandboxStatus",
         &PodSandboxStatusRequest {
@@ -262,10 +262,10 @@ fn errors(script: &mut Script) {
             verbose: false,
         },
     );
-    let container_id = nobody();
+    let container_id = absent();
     script.runtime("StartContainer", &StartContainerRequest { container_id });
     for timeout in [30, 0, -1] {
-        let container_id = nobody();
+        let container_id = absent();
         script.runtime(
             "StopContainer",
             &StopContainerRequest {
@@ -274,11 +274,11 @@ fn errors(script: &mut Script) {
             },
         );
     }
-    let pod_sandbox_id = nobody();
+    let pod_sandbox_id = absent();
     script.runtime("StopPodSandbox", &StopPodSandboxRequest { pod_sandbox_id });
     script.runtime("RunPodSandbox", &RunPodSandboxRequest::default());
     script.runtime("CreateContainer", &CreateContainerRequest::default());
-    let container_id = nobody();
+    let container_id = absent();
     script.runtime(
         "ExecSync",
         &ExecSyncRequest {
@@ -286,29 +286,29 @@ fn errors(script: &mut Script) {
             ..Default::default()
         },
     );
-    // No messages at all, also of the calls that the proxy reads.
+    // Bytes that are no message, also for calls that the proxy decodes.
     for method in ["Version", "StopContainer", "StopPodSandbox"] {
         script.raw("runtime.v1.RuntimeService", method, b"\xff\xff garbage");
     }
-    // Fields that nobody has heard of, which a later kubelet may send.
+    // Unknown fields, which a later kubelet may send.
     script.raw("runtime.v1.RuntimeService", "Version", b"\xfa\x7f\x03new");
     script.raw(
         "runtime.v1.RuntimeService",
         "StopContainer",
-        b"\x0a\x06nobody\x10\x1e\xfa\x7f\x03new",
+        b"\x0a\x06absent\x10\x1e\xfa\x7f\x03new",
     );
     newer(script);
-    // Methods and services that nobody has heard of.
-    script.raw("runtime.v1.RuntimeService", "Unheard", b"");
+    // Unknown methods and services.
+    script.raw("runtime.v1.RuntimeService", "UnknownMethod", b"");
     script.raw("runtime.v9.FutureService", "Method", b"\x0a\x01x");
 }
 
-/// Methods of later versions of the CRI than the protocol file's, by their names: what a runtime says of them is told,
-/// whether it has heard of them or not.
+/// Methods of later versions of the CRI than the protocol file's, by their names: the proxy must return the runtime's
+/// answer, whether the runtime knows them or not.
 fn newer(script: &mut Script) {
     const SERVICE: &str = "runtime.v1.RuntimeService";
     // Field 1 is the sandbox.
-    script.raw(SERVICE, "UpdatePodSandboxResources", b"\x0a\x06nobody");
+    script.raw(SERVICE, "UpdatePodSandboxResources", b"\x0a\x06absent");
     for method in [
         "StreamPodSandboxes",
         "StreamContainers",
@@ -319,8 +319,8 @@ fn newer(script: &mut Script) {
         script.raw(SERVICE, method, b"");
     }
     script.raw("runtime.v1.ImageService", "StreamImages", b"");
-    // Read as a stream, which it may be.
-    script.raw(SERVICE, "StreamUnheard", b"").streams = true;
+    // Read as a stream, because it may be one.
+    script.raw(SERVICE, "StreamUnknownMethod", b"").streams = true;
 }
 
 fn container_status(script: &mut Script, id: &str, verbose: bool) {
@@ -341,9 +341,9 @@ fn image_spec(name: &str) -> ImageSpec {
     }
 }
 
-/// Paths are the same each time the script is played.
+/// Paths are the same each time the script is run.
 fn sandbox_config() -> PodSandboxConfig {
-    let kubepods = sandbox::place().map_or_else(|_| String::new(), |place| place.kubepods());
+    let kubepods = sandbox::paths().map_or_else(|_| String::new(), |place| place.kubepods());
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: "same".into(),

@@ -1,11 +1,9 @@
-//! `deploy/examples`: what ebb makes of them.
+//! `deploy/examples`: how ebb reads them.
 
 use std::time::Duration;
 
-use ebb::{
-    drain::policy::{Policy, Until, annotations},
-    pods::hook,
-};
+use ebb::pods::hook;
+use ebb_core::policy::{Policy, Until, annotations};
 use k8s_openapi::{
     api::{core::v1::PodTemplateSpec, networking::v1::NetworkPolicy},
     apimachinery::pkg::util::intstr::IntOrString,
@@ -41,12 +39,12 @@ fn policy(name: &str, template: &PodTemplateSpec) -> Policy {
 }
 
 #[test]
-fn every_example_has_annotations_that_ebb_obeys_each_with_a_reason() {
+fn every_example_has_valid_annotations_each_with_a_reason() {
     let until: Vec<(String, Until)> = pods()
         .into_iter()
         .map(|(name, _, policy)| (name, policy.until))
         .collect();
-    // As README.md recommends: a WebSocket between messages looks idle; gRPC drains by its own GOAWAY.
+    // As docs/until.md recommends: a WebSocket between messages looks idle; gRPC drains by its own GOAWAY.
     let expected = [
         ("db", Until::Idle),
         ("quotes", Until::Settled),
@@ -80,7 +78,7 @@ fn annotations_are_where_ebb_reads_them() {
 }
 
 #[test]
-fn grace_periods_have_room_for_the_holds_and_the_reserve() {
+fn grace_periods_cover_the_holds_and_the_reserve() {
     for (name, template, policy) in pods() {
         let pod = template.spec.unwrap();
         let grace = pod.termination_grace_period_seconds.unwrap();
@@ -97,14 +95,14 @@ fn grace_periods_have_room_for_the_holds_and_the_reserve() {
 }
 
 #[test]
-fn one_example_waits_by_a_hook_that_ebb_finds_on_a_port_of_its_own() {
+fn one_example_waits_by_a_hook_on_a_port_that_no_container_declares() {
     let mut found = Vec::new();
     for (name, template, _) in pods() {
         for container in template.spec.unwrap().containers {
             let Some(hook) = container.lifecycle.and_then(|l| l.pre_stop) else {
                 continue;
             };
-            // What the kubelet tells the runtime, and ebb reads there.
+            // ebb reads both as JSON from the annotations that the kubelet gives a container.
             let hook = serde_json::to_string(&hook).unwrap();
             let ports = container.ports.unwrap();
             let json = serde_json::to_string(&ports).unwrap();

@@ -1,6 +1,4 @@
-//! Every manifest, and what kustomize makes of them.
-
-use std::path::Path;
+//! Every manifest, and what kustomize builds from them.
 
 use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Container};
 use serde_json::Value;
@@ -46,7 +44,7 @@ fn each_kustomization_lists_the_files_beside_it_and_no_other() {
     }
 }
 
-/// The kustomization with all that it offers in comments.
+/// The kustomization with all of its commented options.
 fn with_all() -> Kustomization {
     let text = crate::manifest::read("deploy/kustomization.yaml");
     let lines = text.lines().map(|line| match line.strip_prefix("# ") {
@@ -60,7 +58,7 @@ fn with_all() -> Kustomization {
 }
 
 #[test]
-fn what_the_kustomization_offers_in_comments_is_there_and_is_what_kustomize_takes() {
+fn the_commented_options_of_the_kustomization_exist_and_are_valid() {
     let mut offered = with_all();
     let mut there: Vec<String> = std::fs::read_dir(repository().join("deploy/components"))
         .unwrap()
@@ -73,14 +71,14 @@ fn what_the_kustomization_offers_in_comments_is_there_and_is_what_kustomize_take
     let [image] = &offered.images[..] else {
         panic!("{:?}", offered.images)
     };
-    // By the name that the DaemonSet has for it.
+    // It must be the name that the DaemonSet uses.
     let named = agent_container().image.unwrap();
     assert_eq!(named.split(':').next(), Some(image.name.as_str()));
     assert_eq!(image.new_tag, env!("CARGO_PKG_VERSION"));
     assert!(!image.new_name.is_empty());
 }
 
-/// What kustomize makes of the manifests with these components: all documents, patched.
+/// The documents that kustomize builds with these components, patched.
 fn rendered(components: &[String]) -> Vec<Value> {
     let of = |directory: &str, resources: &[String]| -> Vec<Value> {
         let files = resources.iter().map(|file| format!("{directory}/{file}"));
@@ -107,7 +105,7 @@ fn rendered(components: &[String]) -> Vec<Value> {
 }
 
 #[test]
-fn with_each_component_and_with_all_what_is_applied_is_what_the_api_has() {
+fn the_output_with_each_component_and_with_all_of_them_is_valid() {
     let all = with_all().components;
     let plain = rendered(&[]).len();
     for components in all.iter().map(std::slice::from_ref).chain([&all[..]]) {
@@ -122,11 +120,11 @@ fn with_each_component_and_with_all_what_is_applied_is_what_the_api_has() {
         names.dedup();
         assert_eq!(names.len(), documents.len(), "twice: {names:?}");
         let monitored = components.iter().any(|c| c.ends_with("monitoring"));
-        assert_eq!(documents.len(), plain + usize::from(monitored));
+        assert_eq!(documents.len(), plain + 3 * usize::from(monitored));
     }
 }
 
-/// The container with the component applied.
+/// The agent's container with the privileged component applied.
 fn privileged() -> Container {
     let documents = rendered(&["components/privileged".to_owned()]);
     let document = documents.iter().find(|d| d["kind"] == "DaemonSet").unwrap();
@@ -136,12 +134,12 @@ fn privileged() -> Container {
 }
 
 #[test]
-fn the_privileged_component_changes_the_security_context_and_nothing_else() {
+fn the_privileged_component_changes_only_the_security_context() {
     let patched = privileged();
     let security = patched.security_context.clone().unwrap();
     assert_eq!(security.privileged, Some(true));
     assert_eq!(security.read_only_root_filesystem, Some(true));
-    // The API server refuses neither, but they would say something that is not so.
+    // The API server refuses neither, but they would have no effect.
     assert_eq!(security.capabilities, None);
     assert_eq!(security.seccomp_profile, None);
     let mut plain = agent_container();
@@ -150,7 +148,7 @@ fn the_privileged_component_changes_the_security_context_and_nothing_else() {
 }
 
 #[test]
-fn the_pod_monitor_scrapes_the_port_that_the_agents_have() {
+fn the_pod_monitor_scrapes_a_port_that_the_agents_have() {
     let monitor = &documents("deploy/components/monitoring/podmonitor.yaml")[0];
     let monitor: PodMonitor = strictly(monitor).unwrap();
     let daemonset = daemonset();
@@ -159,23 +157,11 @@ fn the_pod_monitor_scrapes_the_port_that_the_agents_have() {
     assert_eq!(monitor.spec.selector.match_labels, labels);
     let endpoint = &monitor.spec.pod_metrics_endpoints[0];
     assert_eq!(endpoint.path, "/metrics");
+    // Both the metrics and Prometheus have a label `namespace`.
+    assert!(endpoint.honor_labels);
     let ports = agent_container().ports.unwrap();
     let port = ports
         .iter()
         .find(|p| p.name.as_deref() == Some(&endpoint.port));
     assert!(port.is_some(), "no port {}", endpoint.port);
-}
-
-#[test]
-fn the_documentation_names_files_that_exist() {
-    let text = crate::manifest::read("deploy/README.md");
-    for (at, _) in text.match_indices("](") {
-        let link = text[at + 2..].split(')').next().unwrap();
-        let path = link.split('#').next().unwrap();
-        if link.starts_with("http") || path.is_empty() {
-            continue;
-        }
-        let target = repository().join("deploy").join(Path::new(path));
-        assert!(target.exists(), "{link}");
-    }
 }

@@ -1,4 +1,4 @@
-//! What the agent may do in the cluster, and what it does.
+//! The agent's rights in the cluster, and the requests that it makes.
 
 use std::{
     collections::BTreeSet,
@@ -14,9 +14,12 @@ use axum::{
     routing::{any, get},
 };
 use ebb::{
+    pods::{Pod, kube::Kube},
+    telemetry::{events::EventWriter, pod_event::PodEvent},
+};
+use ebb_core::{
     ids::{PodName, PodUid, SandboxId},
-    pods::{Pod, Scope, kube::Kube},
-    report::{events::Events, news::News},
+    scope::Scope,
 };
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use serde_json::json;
@@ -26,43 +29,44 @@ use crate::{
     strict::strictly,
 };
 
-/// An API server that answers with empty lists, and notes which verbs on which resources were used.
-async fn noting_server() -> (kube::Client, Arc<Mutex<BTreeSet<String>>>) {
+/// An API server that answers with empty lists, and records which verbs were used on which resources.
+async fn recording_server() -> (kube::Client, Arc<Mutex<BTreeSet<String>>>) {
     let used = Arc::new(Mutex::new(BTreeSet::new()));
-    let note = |verb: &str, used: &Mutex<BTreeSet<String>>| {
-        used.lock().unwrap().insert(format!("{verb} pods"));
-    };
-    let (of_all, of_one, of_others) = (used.clone(), used.clone(), used.clone());
+    let (of_one, of_others) = (used.clone(), used.clone());
     let of_events = used.clone();
     let event = move |request: axum::extract::Request| {
         let verb = match request.method().as_str() {
             "POST" => "create",
             "PATCH" => "patch",
-            other => panic!("nobody should {other} an event"),
+            other => panic!("unexpected {other} of an Event"),
         };
         let line = format!("{verb} events.events.k8s.io");
         of_events.lock().unwrap().insert(line);
         async move { request.into_body() }
     };
-    let pods = move |RawQuery(query): RawQuery| {
-        let watch =
-            query.is_some_and(|q| q.split('&').any(|p| p == "watch=true" || p == "watch=1"));
-        note(if watch { "watch" } else { "list" }, &of_all);
-        async move {
-            if watch {
-                return Body::from_stream(
-                    futures_util::stream::pending::<Result<Vec<u8>, String>>(),
-                );
+    let all = |resource: &'static str| {
+        let used = used.clone();
+        move |RawQuery(query): RawQuery| {
+            let watch =
+                query.is_some_and(|q| q.split('&').any(|p| p == "watch=true" || p == "watch=1"));
+            let verb = if watch { "watch" } else { "list" };
+            used.lock().unwrap().insert(format!("{verb} {resource}"));
+            async move {
+                if watch {
+                    return Body::from_stream(futures_util::stream::pending::<
+                        Result<Vec<u8>, String>,
+                    >());
+                }
+                let list = json!({
+                    "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadataList",
+                    "metadata": {"resourceVersion": "1"}, "items": [],
+                });
+                Body::from(list.to_string())
             }
-            let list = json!({
-                "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadataList",
-                "metadata": {"resourceVersion": "1"}, "items": [],
-            });
-            Body::from(list.to_string())
         }
     };
     let pod = move || {
-        note("get", &of_one);
+        of_one.lock().unwrap().insert("get pods".into());
         let status = json!({
             "apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": "NotFound",
             "message": "", "code": 404,
@@ -75,7 +79,8 @@ async fn noting_server() -> (kube::Client, Arc<Mutex<BTreeSet<String>>>) {
         async { StatusCode::NOT_FOUND }
     };
     let app = Router::new()
-        .route("/api/v1/pods", get(pods))
+        .route("/api/v1/pods", get(all("pods")))
+        .route("/api/v1/namespaces", get(all("namespaces")))
         .route("/api/v1/namespaces/{namespace}/pods/{name}", get(pod))
         .route(
             "/apis/events.k8s.io/v1/namespaces/{namespace}/events",
@@ -94,7 +99,7 @@ async fn noting_server() -> (kube::Client, Arc<Mutex<BTreeSet<String>>>) {
 }
 
 #[test]
-fn there_is_one_role_and_one_binding_and_no_other_right_anywhere() {
+fn one_role_and_one_binding_are_the_only_rights() {
     let kinds = |path: &str| -> Vec<String> {
         let documents = documents(path);
         let kinds = documents.iter().map(|d| d["kind"].as_str().unwrap());
@@ -124,10 +129,10 @@ fn there_is_one_role_and_one_binding_and_no_other_right_anywhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_role_allows_what_the_agent_asks_of_the_api_server_and_no_more() {
-    let (client, used) = noting_server().await;
+async fn the_role_allows_exactly_the_requests_that_the_agent_makes() {
+    let (client, used) = recording_server().await;
     let api = Kube::watch(client.clone(), "node", &Arc::default());
-    let events = Events::start(client, "node", std::sync::Arc::default());
+    let events = EventWriter::start(client, "node", std::sync::Arc::default());
     let pod = Pod {
         name: PodName {
             uid: PodUid::new("u"),
@@ -137,16 +142,18 @@ async fn the_role_allows_what_the_agent_asks_of_the_api_server_and_no_more() {
         sandbox: SandboxId::new("s"),
         scope: Scope::Untracked("not asked".into()),
         ips: vec![],
+        workload: None,
+        labels: std::collections::BTreeMap::new(),
         annotations: std::collections::BTreeMap::new(),
         containers: vec![],
     };
     assert_eq!(api.is_deleting(&pod, Duration::ZERO).await, Some(true));
-    // The same twice, so that the second raises the count of the first.
+    // Twice the same Event, so that the second raises the count of the first.
     for _ in 0..2 {
-        events.send(News::policy(&pod.name, "no such until"));
+        events.send(PodEvent::policy(&pod.name, "no such until"));
     }
     tokio::time::timeout(Duration::from_secs(10), async {
-        while used.lock().unwrap().len() < 5 {
+        while used.lock().unwrap().len() < 7 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })

@@ -1,11 +1,33 @@
-//! README.md: annotations, flags, exit statuses, commands.
+//! README.md and docs/: annotations, flags, exit statuses, commands, links.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fs, path::Path};
 
 use clap::{CommandFactory as _, Parser as _};
-use ebb::{cli::Cli, drain::policy::annotations, exit};
+use ebb::cli::{Cli, exit};
+use ebb_core::policy::annotations;
 
-use crate::{default, manifest::read};
+use crate::{
+    default,
+    manifest::{read, repository},
+};
+
+/// All documents, by their paths in the repository.
+pub(crate) fn documents() -> Vec<String> {
+    let mut paths = vec![
+        "README.md".into(),
+        "ARCHITECTURE.md".into(),
+        "deploy/README.md".into(),
+    ];
+    for folder in ["docs", "docs/decisions"] {
+        for entry in fs::read_dir(repository().join(folder)).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            if name.ends_with(".md") {
+                paths.push(format!("{folder}/{name}"));
+            }
+        }
+    }
+    paths
+}
 
 /// The cells of README's policy table: annotation, flag, default; without back-ticks.
 fn policy_table() -> Vec<[String; 3]> {
@@ -35,17 +57,17 @@ fn the_readme_names_every_annotation_and_no_other() {
         .collect();
     assert_eq!(table, known);
 
-    // Elsewhere in the text, too. `ebb.dev/v1` is the name of the JSON schema.
-    for document in ["README.md", "ARCHITECTURE.md", "deploy/README.md"] {
-        for (at, _) in read(document).match_indices(annotations::PREFIX) {
-            let text = read(document);
+    // The documents name no other annotation either. `ebb.dev/v1` is the name of the JSON schema.
+    for document in documents() {
+        let text = read(&document);
+        for (at, _) in text.match_indices(annotations::PREFIX) {
             let rest = &text[at..];
             let end = rest
                 .find(|c: char| !(c.is_ascii_alphanumeric() || "./-".contains(c)))
                 .unwrap_or(rest.len());
             let name = rest[..end].trim_end_matches(['.', '/']);
             assert!(
-                name == ebb::report::view::SCHEMA || known.contains(name),
+                name == ebb_protocol::views::SCHEMA || known.contains(name),
                 "{document}: {name}"
             );
         }
@@ -75,29 +97,75 @@ fn the_readme_names_every_policy_flag_with_its_default() {
 }
 
 #[test]
-fn the_readmes_exit_statuses_are_those_of_help() {
-    let readme = read("README.md");
+fn the_documented_exit_statuses_are_those_of_help() {
     assert!(
-        readme.contains(&format!("```text\n{}\n```", exit::HELP)),
-        "README.md has not this block:\n{}",
+        read("docs/using.md").contains(&format!("```text\n{}\n```", exit::HELP)),
+        "docs/using.md lacks this block:\n{}",
         exit::HELP
     );
 }
 
 #[test]
-fn every_ebb_command_in_the_readme_is_accepted() {
-    let readme = read("README.md");
-    let commands: Vec<&str> = readme
-        .split("```sh\n")
+fn every_ebb_command_in_the_documents_is_accepted() {
+    for document in ["README.md", "docs/using.md"] {
+        let text = read(document);
+        let commands = commands(&text);
+        assert!(commands.len() >= 6, "{document}: {commands:?}");
+    }
+    for document in documents() {
+        for command in commands(&read(&document)) {
+            accepts(&document, command);
+        }
+    }
+}
+
+/// The commands of ebb in the shell blocks of a document.
+fn commands(text: &str) -> Vec<&str> {
+    text.split("```sh\n")
         .skip(1)
         .flat_map(|rest| rest.split("```").next().unwrap_or_default().lines())
-        .filter(|line| line.starts_with("ebb "))
+        .filter(|line| line.starts_with("ebb ") || line.starts_with("ebb-cri-proxy "))
         .map(|line| line.split('#').next().unwrap_or_default().trim())
-        .collect();
-    assert!(commands.len() >= 6, "{commands:?}");
-    for command in commands {
-        Cli::try_parse_from(command.split_whitespace())
-            .map(drop)
-            .unwrap_or_else(|e| panic!("{command}: {e}"));
+        .collect()
+}
+
+fn accepts(document: &str, command: &str) {
+    let words = command.split_whitespace();
+    let parsed = match command.starts_with("ebb ") {
+        true => Cli::try_parse_from(words).map(drop),
+        false => ebb_cri_proxy::ProxyCli::try_parse_from(words).map(drop),
+    };
+    parsed.unwrap_or_else(|e| panic!("{document}: {command}: {e}"));
+}
+
+#[test]
+fn the_documents_link_to_files_and_headings_that_exist() {
+    for document in documents() {
+        let text = read(&document);
+        let folder = Path::new(&document).parent().unwrap();
+        for (at, _) in text.match_indices("](") {
+            let link = text[at + 2..].split(')').next().unwrap();
+            if link.starts_with("http") {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match path {
+                "" => repository().join(&document),
+                path => repository().join(folder).join(path),
+            };
+            assert!(target.exists(), "{document}: {link}");
+            if !heading.is_empty() {
+                let target = fs::read_to_string(target).unwrap();
+                let mut headings = target.lines().filter(|line| line.starts_with('#'));
+                assert!(headings.any(|h| anchor(h) == heading), "{document}: {link}");
+            }
+        }
     }
+}
+
+/// The anchor that GitHub gives to a heading.
+fn anchor(heading: &str) -> String {
+    let words = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = words.replace(|c: char| !(c.is_alphanumeric() || " -_".contains(c)), "");
+    kept.replace(' ', "-")
 }

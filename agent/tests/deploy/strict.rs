@@ -1,13 +1,13 @@
-//! Reading strictly: each document becomes the API's own type, is written out again, and must be what it was,
-//! so that a field the API does not have (a misspelt one, say) is found.
+//! Strict parsing: each document is parsed into the API's own type and serialised again. A field that the API does not
+//! have, such as a misspelt one, is then missing.
 //!
-//! Kubernetes' own kinds are those of `k8s-openapi`. Of kustomize's and of the Prometheus operator's kinds no
-//! types are to be had, so the few fields in use are written down here, and any other is refused.
+//! The types of Kubernetes' own kinds come from `k8s-openapi`. No crate has those of kustomize and of the Prometheus
+//! operator, so this file declares the few fields in use, and refuses any other.
 
 use k8s_openapi::{
     api::{
         apps::v1::{DaemonSet, Deployment, StatefulSet},
-        core::v1::{Namespace, ResourceQuota, Service, ServiceAccount},
+        core::v1::{ConfigMap, Namespace, ResourceQuota, Service, ServiceAccount},
         networking::v1::NetworkPolicy,
         policy::v1::PodDisruptionBudget,
         rbac::v1::{ClusterRole, ClusterRoleBinding},
@@ -17,7 +17,7 @@ use k8s_openapi::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-/// A document as the API has it.
+/// Parses a document, and fails if the API does not have one of its fields.
 pub(crate) fn strictly<T: Serialize + DeserializeOwned>(document: &Value) -> Result<T, String> {
     let typed: T = serde_json::from_value(document.clone()).map_err(|e| e.to_string())?;
     let again = serde_json::to_value(&typed).map_err(|e| e.to_string())?;
@@ -30,7 +30,7 @@ pub(crate) fn strictly<T: Serialize + DeserializeOwned>(document: &Value) -> Res
     }
 }
 
-/// Where `again` is not `document`.
+/// Collects the paths at which `again` differs from `document`.
 fn difference(path: &str, document: &Value, again: &Value, lost: &mut Vec<String>) {
     match (document, again) {
         (Value::Object(a), Value::Object(b)) => {
@@ -52,7 +52,7 @@ fn difference(path: &str, document: &Value, again: &Value, lost: &mut Vec<String
     }
 }
 
-/// Whether the API has all that a document says.
+/// Checks that the API has every field of a document.
 pub(crate) fn check(document: &Value) -> Result<(), String> {
     match (document["apiVersion"].as_str(), document["kind"].as_str()) {
         (Some("v1"), Some("Namespace")) => strictly::<Namespace>(document).map(drop),
@@ -79,6 +79,10 @@ pub(crate) fn check(document: &Value) -> Result<(), String> {
         (Some("monitoring.coreos.com/v1"), Some("PodMonitor")) => {
             strictly::<PodMonitor>(document).map(drop)
         }
+        (Some("monitoring.coreos.com/v1"), Some("PrometheusRule")) => {
+            strictly::<PrometheusRule>(document).map(drop)
+        }
+        (Some("v1"), Some("ConfigMap")) => strictly::<ConfigMap>(document).map(drop),
         (version, kind) => Err(format!("no type for kind {kind:?} of {version:?}")),
     }
 }
@@ -101,7 +105,7 @@ pub(crate) struct Kustomization {
     pub(crate) patches: Vec<Patch>,
 }
 
-/// An image that is to be had elsewhere.
+/// The registry name and tag that replace an image's name.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Image {
@@ -110,7 +114,6 @@ pub(crate) struct Image {
     pub(crate) new_tag: String,
 }
 
-/// A patch of a Kustomization.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Patch {
@@ -119,7 +122,7 @@ pub(crate) struct Patch {
     pub(crate) patch: String,
 }
 
-/// What a patch is for.
+/// The object that a patch changes.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Target {
@@ -127,7 +130,7 @@ pub(crate) struct Target {
     pub(crate) name: String,
 }
 
-/// The Prometheus operator's.
+/// A kind of the Prometheus operator.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct PodMonitor {
@@ -150,6 +153,7 @@ pub(crate) struct PodMetricsEndpoint {
     pub(crate) port: String,
     pub(crate) path: String,
     interval: String,
+    pub(crate) honor_labels: bool,
     relabelings: Vec<Relabeling>,
 }
 
@@ -158,6 +162,16 @@ pub(crate) struct PodMetricsEndpoint {
 struct Relabeling {
     source_labels: Vec<String>,
     target_label: String,
+}
+
+/// A kind of the Prometheus operator. `promtool` checks the rules themselves.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct PrometheusRule {
+    api_version: String,
+    kind: String,
+    pub(crate) metadata: ObjectMeta,
+    pub(crate) spec: Value,
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Who spoke last (case 24), also where the kernel's times do not tell.
+//! Which end sent last (case 24), also where the kernel's times are equal.
 
 use std::{
     net::{Shutdown, TcpStream},
@@ -7,35 +7,37 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use ebb::flow::{
+use ebb_core::flow::{
     Direction::Inbound,
     FlowState::{self, Active, Awaiting, HalfClosed, Idle},
 };
 
 use crate::support::{
-    sockets::{self, give, pair, take},
+    sockets::{self, pair, read_bytes, write_bytes},
     world::{World, world},
 };
 
-trials![
-    case_24_a_request_read_and_unanswered_is_awaiting_whatever_probes_pass,
-    case_24_an_answered_request_is_idle_and_stays_so_under_keep_alive_probes,
-    a_fast_answer_is_idle,
-    a_fast_answer_acknowledged_with_delay_stays_idle_under_keep_alive_probes,
-    a_request_hard_upon_the_last_answer_is_awaiting,
-    a_large_request_hard_upon_the_last_answer_is_awaiting,
-    an_unanswered_request_hard_upon_an_answer_stays_awaiting_under_keep_alive_probes,
-    a_burst_of_exchanges_that_is_over_is_idle,
-    thousands_whose_times_do_not_tell_are_told_apart_in_one_look,
-    a_connection_on_which_nobody_has_spoken_is_never_idle,
-    half_a_request_and_unread_bytes_are_never_idle,
-    a_half_closed_connection_becomes_idle_whether_the_server_has_read_its_end_or_not,
+ebb_testkit::trials![
+    case_24_a_read_and_unanswered_request_stays_awaiting_under_keep_alive_probes,
+    case_24_an_answered_request_stays_idle_under_keep_alive_probes,
+    a_connection_is_idle_after_a_fast_answer,
+    a_fast_answer_with_a_delayed_ack_stays_idle_under_keep_alive_probes,
+    a_request_right_after_an_answer_is_awaiting,
+    a_large_request_right_after_an_answer_is_awaiting,
+    an_unanswered_request_right_after_an_answer_stays_awaiting_under_keep_alive_probes,
+    a_connection_is_idle_after_a_burst_of_exchanges,
+    one_dump_finds_the_last_sender_of_thousands_of_connections_with_equal_times,
+    a_connection_without_any_data_is_never_idle,
+    a_connection_with_half_a_request_or_unread_bytes_is_never_idle,
+    a_half_closed_connection_becomes_idle_whether_or_not_the_server_has_read_its_end,
 ];
 
 const IDLE_AFTER: Duration = Duration::from_millis(200);
 
-/// An accepted connection, with no delay for small writes on either side.
-fn talking(f: impl FnOnce(&World, &TcpStream, &TcpStream) -> Result<()> + Send) -> Result<()> {
+/// Runs a trial on an accepted connection without a delay for small writes on either side.
+fn with_connection(
+    f: impl FnOnce(&World, &TcpStream, &TcpStream) -> Result<()> + Send,
+) -> Result<()> {
     world(|w| {
         w.idle_after(IDLE_AFTER);
         let listener = w.listen(16)?;
@@ -46,16 +48,16 @@ fn talking(f: impl FnOnce(&World, &TcpStream, &TcpStream) -> Result<()> + Send) 
     })
 }
 
-/// Client asks, server answers.
+/// The client sends a request and the server answers.
 fn exchange(server: &TcpStream, client: &TcpStream, request: usize, answer: usize) -> Result<()> {
-    give(client, request)?;
-    take(server, request)?;
-    give(server, answer)?;
-    take(client, answer)
+    write_bytes(client, request)?;
+    read_bytes(server, request)?;
+    write_bytes(server, answer)?;
+    read_bytes(client, answer)
 }
 
-/// The flow becomes `state` and is nothing but `state` or active on the way and for `lasting` after.
-fn is_and_stays(w: &World, state: FlowState, lasting: Duration) -> Result<()> {
+/// Demands that the flow becomes `state`, is active until then, and stays `state` for as long as `lasting`.
+fn becomes_and_stays(w: &World, state: FlowState, lasting: Duration) -> Result<()> {
     let begun = Instant::now();
     let mut reached = None;
     loop {
@@ -66,7 +68,7 @@ fn is_and_stays(w: &World, state: FlowState, lasting: Duration) -> Result<()> {
             now == Some(state) || (reached.is_none() && now == Some(Active)),
             "{now:?} after {:?}, wanted {state}: {:#?}",
             begun.elapsed(),
-            w.look()?
+            w.dump()?
         );
         if now == Some(state) {
             let since = reached.get_or_insert_with(Instant::now);
@@ -82,102 +84,102 @@ fn is_and_stays(w: &World, state: FlowState, lasting: Duration) -> Result<()> {
     }
 }
 
-/// Probes every second, the shortest the kernel has.
-fn probe(server: &TcpStream) -> Result<()> {
+/// Sends keep-alive probes every second, the kernel's shortest interval.
+fn send_keep_alives(server: &TcpStream) -> Result<()> {
     sockets::set(server, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
     sockets::set(server, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1)?;
     sockets::set(server, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1)
 }
 
-fn case_24_a_request_read_and_unanswered_is_awaiting_whatever_probes_pass() -> Result<()> {
-    talking(|w, server, client| {
-        probe(server)?;
-        probe(client)?;
+fn case_24_a_read_and_unanswered_request_stays_awaiting_under_keep_alive_probes() -> Result<()> {
+    with_connection(|w, server, client| {
+        send_keep_alives(server)?;
+        send_keep_alives(client)?;
         exchange(server, client, 100, 100)?;
         sleep(Duration::from_millis(50));
-        give(client, 100)?;
-        take(server, 100)?;
-        is_and_stays(w, Awaiting, Duration::from_secs(10))?;
-        give(server, 100)?;
-        take(client, 100)?;
-        is_and_stays(w, Idle, Duration::from_millis(300))
+        write_bytes(client, 100)?;
+        read_bytes(server, 100)?;
+        becomes_and_stays(w, Awaiting, Duration::from_secs(10))?;
+        write_bytes(server, 100)?;
+        read_bytes(client, 100)?;
+        becomes_and_stays(w, Idle, Duration::from_millis(300))
     })
 }
 
-fn case_24_an_answered_request_is_idle_and_stays_so_under_keep_alive_probes() -> Result<()> {
-    talking(|w, server, client| {
-        probe(server)?;
-        probe(client)?;
-        give(client, 100)?;
-        take(server, 100)?;
+fn case_24_an_answered_request_stays_idle_under_keep_alive_probes() -> Result<()> {
+    with_connection(|w, server, client| {
+        send_keep_alives(server)?;
+        send_keep_alives(client)?;
+        write_bytes(client, 100)?;
+        read_bytes(server, 100)?;
         sleep(Duration::from_millis(50));
-        give(server, 100)?;
-        take(client, 100)?;
-        is_and_stays(w, Idle, Duration::from_secs(4))
+        write_bytes(server, 100)?;
+        read_bytes(client, 100)?;
+        becomes_and_stays(w, Idle, Duration::from_secs(4))
     })
 }
 
-fn a_fast_answer_is_idle() -> Result<()> {
-    talking(|w, server, client| {
+fn a_connection_is_idle_after_a_fast_answer() -> Result<()> {
+    with_connection(|w, server, client| {
         exchange(server, client, 100, 100)?;
-        is_and_stays(w, Idle, Duration::from_secs(1))
+        becomes_and_stays(w, Idle, Duration::from_secs(1))
     })
 }
 
-fn a_fast_answer_acknowledged_with_delay_stays_idle_under_keep_alive_probes() -> Result<()> {
-    talking(|w, server, client| {
-        probe(server)?;
-        // As after a few exchanges. At once, it would be within the jiffy of the request: then the first probe
-        // takes away what told the answer from another request, and the flow is taken for awaiting.
+fn a_fast_answer_with_a_delayed_ack_stays_idle_under_keep_alive_probes() -> Result<()> {
+    with_connection(|w, server, client| {
+        send_keep_alives(server)?;
+        // As after a few exchanges. An immediate ACK would come within the jiffy of the request. The first probe would
+        // then make the answer look like another request, and the flow would be awaiting.
         sockets::set(client, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 0)?;
         exchange(server, client, 100, 100)?;
-        // A look that a probe gets in between of may leave it undecided; the next one does not.
+        // A probe during a dump may leave it undecided; the next dump decides.
         sleep(Duration::from_millis(3500));
         w.has(&[(Idle, 1)], 1)
     })
 }
 
-fn a_request_hard_upon_the_last_answer_is_awaiting() -> Result<()> {
-    talking(|w, server, client| {
+fn a_request_right_after_an_answer_is_awaiting() -> Result<()> {
+    with_connection(|w, server, client| {
         exchange(server, client, 100, 100)?;
-        give(client, 100)?;
-        take(server, 100)?;
-        is_and_stays(w, Awaiting, Duration::from_secs(2))
+        write_bytes(client, 100)?;
+        read_bytes(server, 100)?;
+        becomes_and_stays(w, Awaiting, Duration::from_secs(2))
     })
 }
 
-fn a_large_request_hard_upon_the_last_answer_is_awaiting() -> Result<()> {
-    // Loopback's segments hold 65,483 bytes at most.
-    talking(|w, server, client| {
+fn a_large_request_right_after_an_answer_is_awaiting() -> Result<()> {
+    // A segment of loopback holds at most 65,483 bytes.
+    with_connection(|w, server, client| {
         exchange(server, client, 100, 100)?;
-        give(client, 200_000)?;
-        take(server, 200_000)?;
-        is_and_stays(w, Awaiting, Duration::from_secs(2))
+        write_bytes(client, 200_000)?;
+        read_bytes(server, 200_000)?;
+        becomes_and_stays(w, Awaiting, Duration::from_secs(2))
     })
 }
 
-fn an_unanswered_request_hard_upon_an_answer_stays_awaiting_under_keep_alive_probes() -> Result<()>
+fn an_unanswered_request_right_after_an_answer_stays_awaiting_under_keep_alive_probes() -> Result<()>
 {
-    talking(|w, server, client| {
-        probe(server)?;
+    with_connection(|w, server, client| {
+        send_keep_alives(server)?;
         exchange(server, client, 100, 100)?;
-        give(client, 100)?;
-        take(server, 100)?;
-        is_and_stays(w, Awaiting, Duration::from_secs(4))
+        write_bytes(client, 100)?;
+        read_bytes(server, 100)?;
+        becomes_and_stays(w, Awaiting, Duration::from_secs(4))
     })
 }
 
-fn a_burst_of_exchanges_that_is_over_is_idle() -> Result<()> {
-    talking(|w, server, client| {
+fn a_connection_is_idle_after_a_burst_of_exchanges() -> Result<()> {
+    with_connection(|w, server, client| {
         for _ in 0..20 {
             exchange(server, client, 300, 5000)?;
         }
-        is_and_stays(w, Idle, Duration::from_secs(1))
+        becomes_and_stays(w, Idle, Duration::from_secs(1))
     })
 }
 
-/// So many that both walks of a look are under way at once.
-fn thousands_whose_times_do_not_tell_are_told_apart_in_one_look() -> Result<()> {
+/// So many that both parts of a dump run at the same time.
+fn one_dump_finds_the_last_sender_of_thousands_of_connections_with_equal_times() -> Result<()> {
     const EACH: u32 = 1500;
     world(|w| {
         w.idle_after(IDLE_AFTER);
@@ -187,14 +189,14 @@ fn thousands_whose_times_do_not_tell_are_told_apart_in_one_look() -> Result<()> 
             let (server, client) = pair(&listener)?;
             exchange(&server, &client, 100, 100)?;
             if n % 2 == 0 {
-                give(&client, 100)?;
-                take(&server, 100)?;
+                write_bytes(&client, 100)?;
+                read_bytes(&server, 100)?;
             }
             open.push((server, client));
         }
-        let look = w.look()?;
-        let ties = look.iter().filter(|s| s.since_sent == s.since_received);
-        ensure!(ties.count() > 4096, "too few for that");
+        let samples = w.dump()?;
+        let equal = samples.iter().filter(|s| s.since_sent == s.since_received);
+        ensure!(equal.count() > 4096, "too few with equal times");
         w.has(&[(Idle, EACH), (Awaiting, EACH)], 2 * EACH)?;
         for _ in 0..20 {
             let snapshot = w.snapshot()?;
@@ -211,39 +213,40 @@ fn thousands_whose_times_do_not_tell_are_told_apart_in_one_look() -> Result<()> 
     })
 }
 
-fn a_half_closed_connection_becomes_idle_whether_the_server_has_read_its_end_or_not() -> Result<()>
+fn a_half_closed_connection_becomes_idle_whether_or_not_the_server_has_read_its_end() -> Result<()>
 {
     for reads in [false, true] {
-        talking(|w, server, client| {
+        with_connection(|w, server, client| {
             exchange(server, client, 100, 100)?;
-            give(client, 100)?;
+            write_bytes(client, 100)?;
             client.shutdown(Shutdown::Write)?;
-            // A byte before the end of the stream is one that the server has to read.
+            // The server still has to read the bytes before the end of the stream.
             sleep(2 * IDLE_AFTER);
-            w.has(&[(HalfClosed, 1)], 0)?;
-            take(server, 100)?;
+            // The client may still receive.
+            w.has(&[(HalfClosed, 1)], 1)?;
+            read_bytes(server, 100)?;
             if reads {
-                ensure!(sockets::drain(server)? == 0);
+                ensure!(sockets::read_to_end(server)? == 0);
             }
-            w.has(&[(Idle, 1)], 0)
+            w.has(&[(Idle, 1)], 1)
         })?;
     }
     Ok(())
 }
 
-fn a_connection_on_which_nobody_has_spoken_is_never_idle() -> Result<()> {
-    talking(|w, _, _| is_and_stays(w, Awaiting, Duration::from_secs(1)))
+fn a_connection_without_any_data_is_never_idle() -> Result<()> {
+    with_connection(|w, _, _| becomes_and_stays(w, Awaiting, Duration::from_secs(1)))
 }
 
-fn half_a_request_and_unread_bytes_are_never_idle() -> Result<()> {
-    talking(|w, server, client| {
+fn a_connection_with_half_a_request_or_unread_bytes_is_never_idle() -> Result<()> {
+    with_connection(|w, server, client| {
         exchange(server, client, 100, 100)?;
         sleep(Duration::from_millis(50));
-        give(client, 100)?;
-        is_and_stays(w, Active, Duration::from_secs(1))?;
-        take(server, 50)?;
-        is_and_stays(w, Active, Duration::from_millis(500))?;
-        take(server, 50)?;
-        is_and_stays(w, Awaiting, Duration::from_millis(300))
+        write_bytes(client, 100)?;
+        becomes_and_stays(w, Active, Duration::from_secs(1))?;
+        read_bytes(server, 50)?;
+        becomes_and_stays(w, Active, Duration::from_millis(500))?;
+        read_bytes(server, 50)?;
+        becomes_and_stays(w, Awaiting, Duration::from_millis(300))
     })
 }

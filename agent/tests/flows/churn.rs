@@ -1,4 +1,4 @@
-//! A hundred thousand connections, and more events than anybody reads (case 25).
+//! A hundred thousand connections, and more events than the receiver reads (case 25).
 
 use std::{
     net::TcpListener,
@@ -8,28 +8,28 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::kernel::{KernelEvent, Tracker};
-use ebb_common::{LOST_EVENT, LOST_STORAGE, LOST_WORKLOAD};
+use ebb_common::{LOST_COUNT, LOST_EVENT};
+use ebb_testkit::namespace::Namespace;
 
 use crate::{
-    seeding::turn,
+    starting::turn,
     support::{
         kernel,
-        namespace::Namespace,
         sockets::{self, pair},
         world::World,
     },
 };
 
-trials![case_25_a_hundred_thousand_connections_leave_counters_equal_to_a_sweep];
+ebb_testkit::trials![case_25_after_a_hundred_thousand_connections_the_counters_equal_a_dump];
 
 const NAMESPACES: usize = 100;
 const WATCHED: usize = 20;
-/// In each namespace, and once more on the host network. Each is two: client to sidecar, sidecar to app.
+/// In each namespace, and in the host's. Each is two connections: client to sidecar, and sidecar to app.
 const REQUESTS: usize = 500;
-/// Requests in each that are not over at the end.
+/// Requests in each namespace that are still open at the end.
 const OPEN: usize = 3;
 
-fn case_25_a_hundred_thousand_connections_leave_counters_equal_to_a_sweep() -> Result<()> {
+fn case_25_after_a_hundred_thousand_connections_the_counters_equal_a_dump() -> Result<()> {
     let _turn = turn();
     let (tracker, mut events) = kernel::start()?;
     let begun = Instant::now();
@@ -59,16 +59,17 @@ fn case_25_a_hundred_thousand_connections_leave_counters_equal_to_a_sweep() -> R
     let losses = tracker.losses()?;
     ensure!(
         losses[LOST_EVENT as usize] > 0,
-        "the ring buffer never was full"
+        "the ring buffer was never full"
     );
-    ensure!(losses[LOST_STORAGE as usize] == 0 && losses[LOST_WORKLOAD as usize] == 0);
+    ensure!(losses[LOST_COUNT as usize] == 0);
+    eprintln!("{} state changes missed", tracker.missed_changes()?);
     for (pod, namespace) in left.iter().zip(&pods) {
         namespace.run(|| pod.is_as_the_kernel_says(&tracker))?;
     }
     left[NAMESPACES].is_as_the_kernel_says(&tracker)?;
-    eprintln!("swept after {:?}", begun.elapsed());
+    eprintln!("compared after {:?}", begun.elapsed());
 
-    // Whoever reads the events is told that some are missing.
+    // The receiver of the events gets a report that some are missing.
     kernel::wait(async {
         let read = async {
             while let Some(event) = events.recv().await {
@@ -81,17 +82,8 @@ fn case_25_a_hundred_thousand_connections_leave_counters_equal_to_a_sweep() -> R
         tokio::time::timeout(Duration::from_secs(5), read).await
     })
     .ok()
-    .filter(|told| *told)
-    .context("nobody was told of the loss")?;
-    drop(left);
-    let found = kernel::wait(tracker.audit(None))?;
-    ensure!(
-        found.drift == 0 && tracker.drift() == 0 && found.uncounted == 0,
-        "{found:?}"
-    );
-    for count in tracker.counts() {
-        ensure!(count.inbound >= 0, "{count:?}");
-    }
+    .filter(|reported| *reported)
+    .context("the loss was not reported")?;
     Ok(())
 }
 
@@ -99,7 +91,7 @@ fn case_25_a_hundred_thousand_connections_leave_counters_equal_to_a_sweep() -> R
 struct Pod {
     listeners: [TcpListener; 2],
     open: Vec<[(std::net::TcpStream, std::net::TcpStream); 2]>,
-    ever: u64,
+    opened: u64,
 }
 
 impl Pod {
@@ -123,7 +115,7 @@ impl Pod {
                     0 => drop((server, client)),
                     1 => drop((client, server)),
                     _ => {
-                        // TIME_WAIT sockets would only slow down the sweep.
+                        // TIME_WAIT sockets would only slow down the dump.
                         sockets::reset(client)?;
                         drop(server);
                     }
@@ -133,23 +125,26 @@ impl Pod {
         Ok(Self {
             listeners,
             open,
-            ever: world.ever(),
+            opened: world.opened(),
         })
     }
 
     fn is_as_the_kernel_says(&self, tracker: &Tracker) -> Result<()> {
         let world = World::here(tracker.clone())?;
+        world.older_than_tracker();
         for listener in &self.listeners {
             world.serving_at(listener.local_addr()?);
         }
         let wanted = u32::try_from(2 * self.open.len())?;
         let agreed = world.agrees()?;
         ensure!(agreed == (wanted, wanted), "{agreed:?}, {wanted} are open");
+        // The kernel counts the changes that it misses.
+        let missed = tracker.missed_changes()?;
+        let wanted = 2 * REQUESTS as u64;
         ensure!(
-            self.ever == 2 * REQUESTS as u64,
-            "{} of {} counted",
-            self.ever,
-            2 * REQUESTS
+            (wanted.saturating_sub(missed)..=wanted).contains(&self.opened),
+            "{} of {wanted} counted, {missed} missed",
+            self.opened
         );
         Ok(())
     }

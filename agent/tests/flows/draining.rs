@@ -1,61 +1,61 @@
-//! Drains of real connections in the corners that TCP has, with the real tracker behind the real driver.
+//! Drains of real connections in rare TCP states, with the real tracker and the real driver.
 
 use std::{
-    fs,
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream},
-    os::fd::OwnedFd,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    drain::{
-        driver::{DrainHandle, Drains, Hold, HoldOrder},
-        policy::{Policy, Until},
-        report::{LookKind, ReleaseReason, Report},
-    },
-    flow::{Exempt, FlowState, TcpState},
-    ids::CgroupId,
+    drains::driver::{DrainHandle, Drains, Hold, HoldOrder},
     kernel::Tracker,
-    pods::{Pod, Scope},
+    pods::Pod,
 };
-use ebb_common::LOST_STORAGE;
+use ebb_core::{
+    drain_report::{ReleaseReason, Report},
+    flow::{Exempt, FlowState, TcpState},
+    ids::{CgroupId, PodUid},
+    policy::{Policy, Until},
+    scope::Scope,
+};
+use ebb_testkit::{
+    namespace::{Namespace, ip, sysctl},
+    trial::step,
+};
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
-    lookups::{order, until_looked_at},
-    seeding::turn,
+    lookups::{order, until_dumped},
+    starting::turn,
     support::{
         kernel,
-        link::{Linked, ip},
+        link::Linked,
         multipath,
-        namespace::{Namespace, scope_of_this_thread, sysctl},
-        sockets::{self, destroy, give, listener_with, pair, take, unconnected_by},
-        steps::step,
+        sockets::{self, destroy, listener_with, pair, read_bytes, unconnected_by, write_bytes},
+        world::scope_of_this_thread,
     },
 };
 
-trials![
-    a_multipath_connection_holds_until_its_last_subflow_is_gone,
-    a_half_closed_connection_of_a_silent_server_is_idle_to_a_drain,
+ebb_testkit::trials![
+    a_multipath_connection_holds_a_drain_until_its_last_subflow_is_closed,
+    a_drain_treats_the_half_closed_connection_of_a_silent_server_as_idle,
     a_half_closed_connection_within_the_pod_stays_exempt_when_its_other_end_is_given_up,
-    a_connection_that_finds_no_memory_for_its_record_holds_its_drain,
-    a_pod_that_can_not_be_watched_is_untracked,
+    a_pod_that_cannot_be_watched_is_untracked,
 ];
 
 const MPTCP: i32 = 262;
-const LONGEST: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A driver of drains with a tracker of its own.
-struct Stage {
-    tracker: Tracker,
-    drains: DrainHandle,
+pub(crate) struct TestDriver {
+    pub(crate) tracker: Tracker,
+    pub(crate) drains: DrainHandle,
 }
 
-impl Stage {
-    fn new() -> Result<Self> {
+impl TestDriver {
+    pub(crate) fn new() -> Result<Self> {
         let (tracker, events) = kernel::start()?;
         let (notices, _) = mpsc::unbounded_channel();
         let kernel = Arc::new(tracker.clone());
@@ -63,44 +63,51 @@ impl Stage {
         Ok(Self { tracker, drains })
     }
 
-    /// Holds the pod in whose namespace the calling thread is, until its drain phase has been looked at.
+    /// Begins a hold and waits for the first dump of its drain phase.
     fn hold(&self, order: HoldOrder) -> Result<Hold> {
         let hold = kernel::wait(self.drains.hold(order));
-        until_looked_at(&self.drains)?;
+        until_dumped(&self.drains)?;
         Ok(hold)
     }
 
-    fn exact(&self, scope: &Scope) -> Result<()> {
-        kernel::exact(&self.tracker, Some(scope))
+    /// Releases the drain of the pod with this UID.
+    pub(crate) fn release(&self, uid: &str) -> Result<()> {
+        let released = kernel::wait(self.drains.release(&PodUid::new(uid)));
+        ensure!(released.is_some(), "no drain of {uid}");
+        Ok(())
+    }
+
+    pub(crate) fn lost_nothing(&self) -> Result<()> {
+        kernel::lost_nothing(&self.tracker)
     }
 }
 
-fn stays_held(hold: &Hold, lasting: Duration) -> Result<()> {
-    step("waiting for nothing to be released");
+pub(crate) fn stays_held(hold: &Hold, lasting: Duration) -> Result<()> {
+    step("checking that the hold stays");
     let early = kernel::wait(async { timeout(lasting, hold.released()).await.ok() });
-    ensure!(early.is_none(), "cut: {early:?}");
+    ensure!(early.is_none(), "released: {early:?}");
     Ok(())
 }
 
-fn drained(hold: &Hold) -> Result<Arc<Report>> {
+pub(crate) fn drained(hold: &Hold) -> Result<Arc<Report>> {
     step("waiting for a release");
-    let report = kernel::wait(async { timeout(LONGEST, hold.released()).await });
+    let report = kernel::wait(async { timeout(TIMEOUT, hold.released()).await });
     let report = report.context("still held")?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     Ok(report)
 }
 
-fn a_multipath_connection_holds_until_its_last_subflow_is_gone() -> Result<()> {
+fn a_multipath_connection_holds_a_drain_until_its_last_subflow_is_closed() -> Result<()> {
     let _turn = turn();
     let pod = Linked::new()?;
-    // Its client's host has two ways to it.
+    // The client's host has two addresses on the link.
     let [a, b, c, _] = pod.host_v4().octets();
     let second = Ipv4Addr::new(a, b, c, 3);
     ip(&format!("addr add {second}/24 dev flows{c}"))?;
     sysctl("mptcp/enabled", "1")?;
     multipath::open_a_subflow_from(second)?;
     let client = unconnected_by(MPTCP)?;
-    let stage = Stage::new()?;
+    let driver = TestDriver::new()?;
     pod.namespace.run(|| {
         sysctl("mptcp/enabled", "1")?;
         let scope = scope_of_this_thread()?;
@@ -109,14 +116,14 @@ fn a_multipath_connection_holds_until_its_last_subflow_is_gone() -> Result<()> {
         let client = TcpStream::from(client);
         let (server, _) = listener.accept()?;
         let talk = || -> Result<()> {
-            give(&client, 10)?;
-            take(&server, 10)?;
-            give(&server, 10)?;
-            take(&client, 10)
+            write_bytes(&client, 10)?;
+            read_bytes(&server, 10)?;
+            write_bytes(&server, 10)?;
+            read_bytes(&client, 10)
         };
         let subflows = || -> Result<Vec<(SocketAddr, SocketAddr)>> {
-            let look = kernel::wait(stage.tracker.look(&scope))?;
-            let open = look
+            let dump = kernel::wait(driver.tracker.dump(&scope))?;
+            let open = dump
                 .samples
                 .iter()
                 .filter(|s| s.state == TcpState::Established);
@@ -126,11 +133,11 @@ fn a_multipath_connection_holds_until_its_last_subflow_is_gone() -> Result<()> {
         let begun = Instant::now();
         while subflows()?.len() < 2 {
             talk()?;
-            ensure!(begun.elapsed() < LONGEST, "no second subflow");
+            ensure!(begun.elapsed() < TIMEOUT, "no second subflow");
             sleep(Duration::from_millis(10));
         }
-        let hold = stage.hold(order(0, &scope))?;
-        // The one that the connection is known by goes, as when a path fails; the other goes on.
+        let hold = driver.hold(order(0, &scope))?;
+        // One subflow ends, as when a path fails. The other goes on.
         let first = subflows()?.into_iter().find(|(_, r)| r.ip() != second);
         let (local, remote) = first.context("no first subflow")?;
         destroy(local, remote)?;
@@ -141,27 +148,27 @@ fn a_multipath_connection_holds_until_its_last_subflow_is_gone() -> Result<()> {
         drop(server);
         let report = drained(&hold)?;
         ensure!(
-            (report.arrived, report.ended) == (Some(0), Some(1)),
-            "one connection: {report:?}"
+            (report.arrived, report.ended) == (Some(0), Some(2)),
+            "two subflows: {report:?}"
         );
         ensure!(report.cut_total == Some(0), "{report:?}");
-        stage.exact(&scope)
+        driver.lost_nothing()
     })
 }
 
-fn a_half_closed_connection_of_a_silent_server_is_idle_to_a_drain() -> Result<()> {
+fn a_drain_treats_the_half_closed_connection_of_a_silent_server_as_idle() -> Result<()> {
     let pod = Linked::new()?;
     let client = sockets::unconnected()?;
-    let stage = Stage::new()?;
+    let driver = TestDriver::new()?;
     pod.namespace.run(|| {
         let scope = scope_of_this_thread()?;
         let listener = listener_with((pod.v4(), 0).into(), 16, libc::IPPROTO_TCP, |_| Ok(()))?;
         rustix::net::connect(&client, &listener.local_addr()?)?;
         let client = TcpStream::from(client);
         let (server, _) = listener.accept()?;
-        give(&client, 10)?;
-        take(&server, 10)?;
-        // Asked and not answered, and the server has not looked whether there is more.
+        write_bytes(&client, 10)?;
+        read_bytes(&server, 10)?;
+        // The request is unanswered, and the server has not read the end of the stream.
         client.shutdown(Shutdown::Write)?;
         let mut order = order(0, &scope);
         order.policy = Policy {
@@ -169,23 +176,23 @@ fn a_half_closed_connection_of_a_silent_server_is_idle_to_a_drain() -> Result<()
             idle_after: Duration::from_millis(500),
             ..order.policy
         };
-        let hold = kernel::wait(stage.drains.hold(order));
+        let hold = kernel::wait(driver.drains.hold(order));
         let report = drained(&hold)?;
         ensure!(
             report.cut.len() == 1 && report.cut[0].state == FlowState::Idle,
             "{report:?}"
         );
         drop((client, server));
-        stage.exact(&scope)
+        driver.lost_nothing()
     })
 }
 
 fn a_half_closed_connection_within_the_pod_stays_exempt_when_its_other_end_is_given_up()
 -> Result<()> {
-    let stage = Stage::new()?;
+    let driver = TestDriver::new()?;
     Namespace::new()?.run(|| {
         let scope = scope_of_this_thread()?;
-        // A socket that nobody has any more waits for the other side's end for so long.
+        // How long an orphaned socket waits for the other side's FIN.
         sysctl("ipv4/tcp_fin_timeout", "1")?;
         let listener = sockets::listener(16)?;
         let (server, client) = pair(&listener)?;
@@ -194,95 +201,57 @@ fn a_half_closed_connection_within_the_pod_stays_exempt_when_its_other_end_is_gi
         step("waiting for the client's end to be given up");
         let begun = Instant::now();
         loop {
-            let look = kernel::wait(stage.tracker.look(&scope))?;
-            let is_client = |s: &&ebb::flow::Sample| s.local.port() == port;
-            if !look.samples.iter().any(|s| is_client(&s)) {
+            let dump = kernel::wait(driver.tracker.dump(&scope))?;
+            let is_client = |s: &&ebb_core::flow::Sample| s.local.port() == port;
+            if !dump.samples.iter().any(|s| is_client(&s)) {
                 break;
             }
-            ensure!(begun.elapsed() < LONGEST, "{:?}", look.samples);
+            ensure!(begun.elapsed() < TIMEOUT, "{:?}", dump.samples);
             sleep(Duration::from_millis(50));
         }
-        let snapshot = kernel::wait(stage.tracker.look(&scope))?;
+        let snapshot = kernel::wait(driver.tracker.dump(&scope))?;
         let pod: Pod = Arc::unwrap_or_clone(order(0, &scope).pod);
-        let snapshot = ebb::flow::Snapshot::new(
+        let snapshot = ebb_core::flow::Snapshot::new(
             snapshot.taken_at,
             &snapshot.samples,
-            LONGEST,
+            TIMEOUT,
             |_| true,
-            |ip| pod.has_to_itself(ip),
+            |ip| pod.is_own_ip(ip),
         );
         let exempt: Vec<_> = snapshot.flows.iter().map(|f| f.exempt).collect();
         ensure!(exempt == [Some(Exempt::InPod)], "{:?}", snapshot.flows);
-        let report = drained(&kernel::wait(stage.drains.hold(order(0, &scope))))?;
+        let report = drained(&kernel::wait(driver.drains.hold(order(0, &scope))))?;
         ensure!(report.cut_total == Some(0), "{report:?}");
         drop(server);
-        stage.exact(&scope)
+        driver.lost_nothing()
     })
 }
 
-fn a_connection_that_finds_no_memory_for_its_record_holds_its_drain() -> Result<()> {
-    // Other trials have trackers of their own that must lose nothing.
-    let _turn = turn();
-    kernel::shared();
-    let pod = Linked::new()?;
-    let clients = [sockets::unconnected()?, sockets::unconnected()?];
-    let stage = Stage::new()?;
-    pod.namespace.run(|| {
-        let scope = scope_of_this_thread()?;
-        let listener = listener_with((pod.v4(), 0).into(), 16, libc::IPPROTO_TCP, |_| Ok(()))?;
-        let at = listener.local_addr()?;
-        let connect = |client: &OwnedFd| -> Result<TcpStream> {
-            rustix::net::connect(client, &at)?;
-            Ok(listener.accept()?.0)
-        };
-        let first = connect(&clients[0])?;
-        let hold = stage.hold(order(0, &scope))?;
-        let limit = "/proc/sys/net/core/optmem_max";
-        let before = fs::read_to_string(limit).context("the limit of socket storage")?;
-        kernel::STARVED.fetch_add(1, Ordering::Relaxed);
-        sysctl("core/optmem_max", "0")?;
-        let second = connect(&clients[1])?;
-        sysctl("core/optmem_max", before.trim())?;
-        let lost = stage.tracker.losses()?[LOST_STORAGE as usize];
-        ensure!(lost == 1, "{lost} lost");
-        drop(first);
-        stays_held(&hold, Duration::from_secs(1))?;
-        drop(second);
-        let report = drained(&hold)?;
-        ensure!(
-            report.released_by == Some(LookKind::Walk) && report.cut_total == Some(0),
-            "{report:?}"
-        );
-        ensure!(report.arrived == Some(1), "{report:?}");
-        Ok(())
-    })
-}
-
-/// As many as `maps::WATCHED` has places.
+/// The size of `maps::WATCHED`.
 const WATCHES: u64 = 4096;
 
-fn a_pod_that_can_not_be_watched_is_untracked() -> Result<()> {
-    let stage = Stage::new()?;
+fn a_pod_that_cannot_be_watched_is_untracked() -> Result<()> {
+    let driver = TestDriver::new()?;
     Namespace::new()?.run(|| {
         let scope = scope_of_this_thread()?;
-        // Cgroups that nobody has.
+        // Cgroups that do not exist.
         let others = (1 << 40..).map(CgroupId).take(WATCHES as usize);
         let others = Scope::HostNetwork(others.collect());
-        kernel::wait(async { stage.tracker.watch(&others) })?;
+        kernel::wait(async { driver.tracker.watch(&others) })?;
         let listener = sockets::listener(16)?;
         let both = pair(&listener)?;
-        let hold = kernel::wait(stage.drains.hold(order(0, &scope)));
-        let report = kernel::wait(async { timeout(LONGEST, hold.released()).await })?;
+        let hold = kernel::wait(driver.drains.hold(order(0, &scope)));
+        let report = kernel::wait(async { timeout(TIMEOUT, hold.released()).await })?;
         ensure!(
             report.reason == Some(ReleaseReason::Untracked) && report.flows_now.is_none(),
             "{report:?}"
         );
         ensure!(report.detail.is_some(), "{report:?}");
-        // There is room again, and what was half begun is undone.
-        stage.tracker.unwatch(&others);
+        // The map has space again, and the failed watch left nothing behind.
+        driver.tracker.unwatch(&others);
         drop(both);
-        let report = drained(&kernel::wait(stage.drains.hold(order(1, &scope))))?;
+        let report = drained(&kernel::wait(driver.drains.hold(order(1, &scope))))?;
         ensure!(report.flows_now.is_some(), "{report:?}");
-        stage.exact(&scope)
+        driver.lost_nothing()
     })
 }

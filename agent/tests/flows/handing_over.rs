@@ -1,4 +1,4 @@
-//! Sockets that change hands or roles (cases 15, 16, 18, 19 and 20).
+//! Sockets that get another owner or another role (cases 15, 16, 18, 19 and 20).
 
 use std::{
     io::{IoSlice, IoSliceMut},
@@ -10,50 +10,50 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
+use ebb_core::{
     flow::FlowState::{Active, Backlog},
     ids::CgroupId,
 };
+use ebb_testkit::{cgroup::Cgroup, namespace::sysctl};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, connect, listen, recvmsg, sendmsg, sockopt,
 };
 
 use crate::support::{
-    cgroup::Cgroup,
-    namespace::sysctl,
-    puppet::Puppet,
-    sockets::{self, ANY, disconnect, give, listener_with, pair, take},
+    cgroup::id_of,
+    sockets::{self, ANY_PORT, disconnect, listener_with, pair, read_bytes, write_bytes},
+    worker::Worker,
     world::{World, world},
 };
 
-trials![
+ebb_testkit::trials![
     case_15_a_forked_connection_counts_until_its_last_holder_closes,
     case_15_a_duplicated_connection_counts_until_its_last_holder_closes,
-    case_15_a_connection_passed_over_a_unix_socket_counts_once_even_on_its_way,
-    case_16_a_listener_made_in_one_cgroup_and_accepted_in_another_counts_for_the_first,
-    case_16_a_listener_passed_to_another_cgroup_counts_for_the_first,
+    case_15_a_connection_passed_over_a_unix_socket_counts_once_even_in_transit,
+    case_16_connections_count_for_the_cgroup_that_made_their_listener_not_for_the_one_that_accepts,
+    case_16_connections_of_a_listener_passed_to_another_cgroup_count_for_the_one_that_made_it,
     case_18_an_accepted_socket_that_dials_out_is_outbound,
     case_19_a_listener_that_dials_out_is_outbound,
     case_19_a_socket_that_dialled_out_and_listens_again_is_inbound,
-    case_20_a_closed_reuseport_sibling_takes_its_queue_along,
-    case_20_a_closed_reuseport_sibling_leaves_its_queue_to_the_other_with_migration,
+    case_20_closing_one_of_two_reuseport_listeners_ends_its_queued_connections,
+    case_20_closing_one_of_two_reuseport_listeners_moves_its_queue_to_the_other_with_migration,
 ];
 
 const A_WHILE: Duration = Duration::from_millis(100);
 
 fn case_15_a_forked_connection_counts_until_its_last_holder_closes() -> Result<()> {
     world(|w| {
-        let mut server = Puppet::start()?;
+        let mut server = Worker::start()?;
         let at = server.listen()?;
         w.serving_at(at);
         let client = TcpStream::connect(at)?;
         for verb in ["accept", "fork", "close"] {
-            server.tell(verb)?;
+            server.command(verb)?;
             w.keeps(&[(Active, 1)], 1, Duration::from_millis(20))
                 .with_context(|| format!("after {verb}"))?;
         }
-        server.tell("kill-forks")?;
+        server.command("kill-forks")?;
         w.has(&[], 1)?;
         drop(client);
         w.has(&[], 0)
@@ -74,7 +74,7 @@ fn case_15_a_duplicated_connection_counts_until_its_last_holder_closes() -> Resu
     })
 }
 
-fn case_15_a_connection_passed_over_a_unix_socket_counts_once_even_on_its_way() -> Result<()> {
+fn case_15_a_connection_passed_over_a_unix_socket_counts_once_even_in_transit() -> Result<()> {
     world(|w| {
         let listener = w.listen(16)?;
         let (server, client) = pair(&listener)?;
@@ -109,7 +109,7 @@ fn case_15_a_connection_passed_over_a_unix_socket_counts_once_even_on_its_way() 
         w.has(&[], 1)?;
         drop(client);
         w.has(&[], 0)?;
-        ensure!(w.ever() == 1, "counted {} times", w.ever());
+        ensure!(w.opened() == 1, "counted {} times", w.opened());
         Ok(())
     })
 }
@@ -117,12 +117,12 @@ fn case_15_a_connection_passed_over_a_unix_socket_counts_once_even_on_its_way() 
 fn inbound_of(w: &World, cgroup: CgroupId) -> i64 {
     let counts = w.counts();
     let of_cgroup = counts.iter().filter(|c| c.cgroup == cgroup);
-    of_cgroup.map(|c| c.inbound).sum()
+    of_cgroup.map(|c| c.opened as i64 - c.closed as i64).sum()
 }
 
-/// Everybody agrees that `n` flows are inbound, all of `a`'s.
+/// Demands that all readings have `n` inbound flows, and that `a` owns all of them.
 fn all_are_of(w: &World, a: &Cgroup, b: &Cgroup, n: u32) -> Result<()> {
-    let (a, b) = (a.id()?, b.id()?);
+    let (a, b) = (id_of(a)?, id_of(b)?);
     let counted = (inbound_of(w, a), inbound_of(w, b));
     ensure!(
         counted == (n.into(), 0),
@@ -134,8 +134,8 @@ fn all_are_of(w: &World, a: &Cgroup, b: &Cgroup, n: u32) -> Result<()> {
         .iter()
         .map(|row| row.remote.port())
         .collect();
-    let look = w.look()?;
-    let owners: Vec<_> = look
+    let dump = w.dump()?;
+    let owners: Vec<_> = dump
         .iter()
         .filter(|s| client_ports.contains(&s.remote.port()))
         .map(|s| s.cgroup)
@@ -147,22 +147,22 @@ fn all_are_of(w: &World, a: &Cgroup, b: &Cgroup, n: u32) -> Result<()> {
     Ok(())
 }
 
-fn case_16_a_listener_made_in_one_cgroup_and_accepted_in_another_counts_for_the_first() -> Result<()>
-{
+fn case_16_connections_count_for_the_cgroup_that_made_their_listener_not_for_the_one_that_accepts()
+-> Result<()> {
     world(|w| {
         let (a, b) = (Cgroup::new("made-in-a")?, Cgroup::new("accepted-in-b")?);
-        w.owned_by(a.id()?);
-        let mut server = Puppet::start_in(&a)?;
+        w.owned_by(id_of(&a)?);
+        let mut server = Worker::start_in(&a)?;
         let at = server.listen()?;
         w.serving_at(at);
         server.move_to(&b)?;
         let client = TcpStream::connect(at)?;
         w.has(&[(Backlog, 1)], 1)?;
         all_are_of(w, &a, &b, 1)?;
-        server.tell("accept")?;
+        server.command("accept")?;
         w.has(&[(Active, 1)], 1)?;
         all_are_of(w, &a, &b, 1)?;
-        server.tell("close")?;
+        server.command("close")?;
         w.has(&[], 1)?;
         all_are_of(w, &a, &b, 0)?;
         drop(client);
@@ -170,22 +170,23 @@ fn case_16_a_listener_made_in_one_cgroup_and_accepted_in_another_counts_for_the_
     })
 }
 
-fn case_16_a_listener_passed_to_another_cgroup_counts_for_the_first() -> Result<()> {
+fn case_16_connections_of_a_listener_passed_to_another_cgroup_count_for_the_one_that_made_it()
+-> Result<()> {
     world(|w| {
         let (a, b) = (Cgroup::new("passed-by-a")?, Cgroup::new("passed-to-b")?);
-        w.owned_by(a.id()?);
-        let mut parent = Puppet::start_in(&a)?;
+        w.owned_by(id_of(&a)?);
+        let mut parent = Worker::start_in(&a)?;
         let at = parent.listen()?;
         w.serving_at(at);
         // A child that inherits the listener and accepts in B, while the first holder is killed.
-        parent.tell(&format!("worker {}", b.path().display()))?;
+        parent.command(&format!("acceptor {}", b.path().display()))?;
         let client = TcpStream::connect(at)?;
         w.has(&[(Active, 1)], 1)?;
         all_are_of(w, &a, &b, 1)?;
         let second = TcpStream::connect(at)?;
         w.has(&[(Active, 2)], 2)?;
         all_are_of(w, &a, &b, 2)?;
-        parent.tell("kill-forks")?;
+        parent.command("kill-forks")?;
         w.has(&[], 2)?;
         all_are_of(w, &a, &b, 0)?;
         drop((client, second));
@@ -202,13 +203,13 @@ fn case_18_an_accepted_socket_that_dials_out_is_outbound() -> Result<()> {
         disconnect(&server)?;
         w.has(&[], 0)?;
         connect(&server, &elsewhere.local_addr()?)?;
-        // The other end is inbound, on a port of its own.
+        // The other end is inbound, on `elsewhere`'s port.
         w.serving_at(elsewhere.local_addr()?);
         w.has(&[(Backlog, 1)], 1)?;
         drop((server, elsewhere));
         w.has(&[], 0)?;
         drop(client);
-        ensure!(w.ever() == 2, "counted {} times", w.ever());
+        ensure!(w.opened() == 2, "counted {} times", w.opened());
         w.has(&[], 0)
     })
 }
@@ -222,15 +223,15 @@ fn case_19_a_listener_that_dials_out_is_outbound() -> Result<()> {
         drop((server, client));
         w.has(&[], 0)?;
         sockets::shut_reading(&listener)?;
-        // Its port goes with it; what is inbound from now on is so elsewhere.
-        w.serving_no_more();
+        // From now on inbound flows are those on `elsewhere`'s port.
+        w.serving_no_port();
         w.serving_at(elsewhere.local_addr()?);
         connect(&listener, &elsewhere.local_addr()?)?;
         w.has(&[(Backlog, 1)], 1)?;
         drop(listener);
         drop(elsewhere.accept()?);
         w.has(&[], 0)?;
-        ensure!(w.ever() == 2, "counted {} times", w.ever());
+        ensure!(w.opened() == 2, "counted {} times", w.opened());
         Ok(())
     })
 }
@@ -245,23 +246,24 @@ fn case_19_a_socket_that_dialled_out_and_listens_again_is_inbound() -> Result<()
         drop(elsewhere.accept()?);
         disconnect(&socket)?;
         w.has(&[], 0)?;
-        rustix::net::bind(&socket, &ANY)?;
+        rustix::net::bind(&socket, &ANY_PORT)?;
         listen(&socket, 16)?;
         let listener = w.serving(TcpListener::from(socket))?;
         let (server, client) = pair(&listener)?;
         w.has(&[(Active, 1)], 1)?;
-        give(&client, 1)?;
-        take(&server, 1)?;
+        write_bytes(&client, 1)?;
+        read_bytes(&server, 1)?;
         drop((server, client));
         w.has(&[], 0)
     })
 }
 
-fn case_20_a_closed_reuseport_sibling_takes_its_queue_along() -> Result<()> {
+fn case_20_closing_one_of_two_reuseport_listeners_ends_its_queued_connections() -> Result<()> {
     world(|w| reuseport(w, false))
 }
 
-fn case_20_a_closed_reuseport_sibling_leaves_its_queue_to_the_other_with_migration() -> Result<()> {
+fn case_20_closing_one_of_two_reuseport_listeners_moves_its_queue_to_the_other_with_migration()
+-> Result<()> {
     world(|w| {
         sysctl("ipv4/tcp_migrate_req", "1")?;
         reuseport(w, true)
@@ -270,14 +272,14 @@ fn case_20_a_closed_reuseport_sibling_leaves_its_queue_to_the_other_with_migrati
 
 fn reuseport(w: &World, migrates: bool) -> Result<()> {
     let prepare = |s: &_| Ok(sockopt::set_socket_reuseport(s, true)?);
-    let one = w.serving(listener_with(ANY, 64, libc::IPPROTO_TCP, prepare)?)?;
+    let one = w.serving(listener_with(ANY_PORT, 64, libc::IPPROTO_TCP, prepare)?)?;
     let at = one.local_addr()?;
     let two = w.serving(listener_with(at, 64, libc::IPPROTO_TCP, prepare)?)?;
     let clients = (0..40)
         .map(|_| TcpStream::connect(at))
         .collect::<Result<Vec<_>, _>>()?;
     w.has(&[(Backlog, 40)], 40)?;
-    // One accepted from each: those are nobody's queue's any more.
+    // One accepted from each, so that it leaves the queue.
     let accepted = [one.accept()?, two.accept()?];
     w.has(&[(Active, 2), (Backlog, 38)], 40)?;
     drop(one);
@@ -288,7 +290,7 @@ fn reuseport(w: &World, migrates: bool) -> Result<()> {
             .collect::<Result<Vec<_>, _>>()?;
         w.has(&[(Active, 40)], 40)?;
         drop(migrated);
-        // The servers' ends are over, the clients' wait for their owners.
+        // The servers' ends are closed. The clients still have theirs.
         w.has(&[(Active, 2)], 40)?;
     } else {
         let (inbound, _) = w.agrees()?;

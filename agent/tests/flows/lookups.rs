@@ -1,4 +1,4 @@
-//! Exact lookups and the count of edges: what releases a drain without a walk of the node's table.
+//! Lookups and the count of events, which release a drain without a dump of the node's table.
 
 use std::{
     collections::BTreeMap,
@@ -11,17 +11,22 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    drain::{
-        driver::{DrainHandle, Drains, HoldOrder},
-        policy::Policy,
-        report::{LookKind, ReleaseReason, Report},
-    },
-    flow::TcpState,
-    ids::{PodName, PodUid, SandboxId, WatchId},
-    kernel::{KernelEvent, LookUp, Tracker},
-    pods::{Pod, Scope},
+    drains::driver::{DrainHandle, Drains, HoldOrder},
+    kernel::{FlowLookUp, KernelEvent, LookUpFailure, Tracker},
+    pods::Pod,
 };
 use ebb_common::LOST_EVENT;
+use ebb_core::{
+    drain_report::{DumpReason, ReleaseReason, ReleasedBy, Report},
+    flow::TcpState,
+    ids::{PodName, PodUid, SandboxId, WatchId},
+    policy::Policy,
+    scope::Scope,
+};
+use ebb_testkit::{
+    cgroup::Cgroup,
+    namespace::{Namespace, sysctl},
+};
 use rustix::{
     net::{SendFlags, connect, sendto},
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -29,32 +34,31 @@ use rustix::{
 use tokio::sync::mpsc;
 
 use crate::{
-    seeding::turn,
+    starting::turn,
     support::{
-        cgroup::Cgroup,
+        cgroup::id_of,
         kernel,
         link::Linked,
-        namespace::{Namespace, scope_of_this_thread, sysctl},
-        puppet::Puppet,
         raw,
-        sockets::{self, ANY, give, listener_with, pair, take},
-        world::World,
+        sockets::{self, ANY_PORT, listener_with, pair, read_bytes, write_bytes},
+        worker::Worker,
+        world::{World, scope_of_this_thread},
     },
 };
 
-trials![
-    lookups_find_a_pods_flows_among_thousands_and_no_edge_is_missing,
-    a_fast_open_child_is_missing_until_its_first_edge,
-    case_09_a_fast_open_child_that_is_closed_before_its_handshake_holds_a_drain,
-    an_edge_that_does_not_fit_into_the_ring_is_missing_for_good,
-    drains_are_released_by_lookups_however_many_connections_others_have,
+ebb_testkit::trials![
+    lookups_find_a_pods_flows_among_thousands_and_no_event_is_missing,
+    lookups_fail_where_servers_may_use_fast_open,
+    case_09_a_fast_open_child_closed_before_its_handshake_is_done_holds_a_drain,
+    events_that_do_not_fit_into_the_ring_buffer_are_reported_as_lost,
+    drains_are_released_by_lookups_although_others_have_thousands_of_connections,
 ];
 
-/// Connections of others.
+/// Ends of connections outside of the pod.
 const OTHERS: usize = 2_500;
 const RELEASES: usize = 12;
 
-/// A pod that is watched, by a tracker of the trial's own.
+/// A watched pod, and a tracker for this trial alone.
 struct Watched<'a> {
     tracker: &'a Tracker,
     scope: Scope,
@@ -76,26 +80,28 @@ impl<'a> Watched<'a> {
         })
     }
 
-    fn look_up(&self, flows: &[&TcpStream]) -> Result<LookUp> {
-        let ends = flows
+    fn look_up(&self, flows: &[&TcpStream]) -> Result<FlowLookUp> {
+        let addresses = flows
             .iter()
             .map(|s| Ok((s.local_addr()?, s.peer_addr()?)))
             .collect::<Result<_>>()?;
-        self.ends(ends)
+        self.look_up_addresses(addresses)
     }
 
-    fn ends(&self, ends: Vec<(SocketAddr, SocketAddr)>) -> Result<LookUp> {
-        Ok(kernel::wait(self.tracker.look_up(&self.scope, ends))?)
+    fn look_up_addresses(&self, addresses: Vec<(SocketAddr, SocketAddr)>) -> Result<FlowLookUp> {
+        Ok(kernel::wait(self.tracker.look_up(&self.scope, addresses))?)
     }
 
-    /// Receives what has been reported, until nothing more comes.
+    /// Receives events until there are no more.
     fn receive(&mut self) {
         let next = async |events: &mut mpsc::Receiver<KernelEvent>| {
             tokio::time::timeout(Duration::from_millis(300), events.recv()).await
         };
         while let Ok(Some(event)) = kernel::wait(next(self.events)) {
             match event {
-                KernelEvent::Edge(edge) => self.received += u64::from(edge.watch == self.watch),
+                KernelEvent::Socket(event) => {
+                    self.received += u64::from(event.watch == self.watch);
+                }
                 KernelEvent::Lost => self.lost = true,
             }
         }
@@ -103,29 +109,29 @@ impl<'a> Watched<'a> {
 
     fn nothing_is_missing(&mut self) -> Result<()> {
         self.receive();
-        let counted = self.look_up(&[])?.edges;
+        let sent = self.look_up(&[])?.sent;
         ensure!(
-            counted == self.received,
-            "{counted} counted, {} received",
+            sent == self.received,
+            "{sent} sent, {} received",
             self.received
         );
         Ok(())
     }
 }
 
-/// Runs `f` in a namespace of its own, with a tracker of its own.
-fn alone(f: impl FnOnce(&World, Watched<'_>) -> Result<()> + Send) -> Result<()> {
+/// Runs `f` with a namespace and a tracker for it alone.
+fn with_own_tracker(f: impl FnOnce(&World, Watched<'_>) -> Result<()> + Send) -> Result<()> {
     let _turn = turn();
     let (tracker, mut events) = kernel::start()?;
     Namespace::new()?.run(|| {
         let world = World::here(tracker)?;
         let watched = Watched::new(&world, &mut events)?;
         f(&world, watched)?;
-        kernel::exact(&world.tracker, Some(&world.scope))
+        kernel::lost_nothing(&world.tracker)
     })
 }
 
-/// Connections in a namespace of their own.
+/// Open connections in another namespace.
 struct Others(#[expect(dead_code, reason = "open as long as this lives")] Vec<OwnedFd>);
 
 impl Others {
@@ -150,24 +156,24 @@ impl Others {
     }
 }
 
-fn lookups_find_a_pods_flows_among_thousands_and_no_edge_is_missing() -> Result<()> {
+fn lookups_find_a_pods_flows_among_thousands_and_no_event_is_missing() -> Result<()> {
     let _others = Others::open(OTHERS)?;
-    alone(|_, mut watched| {
-        ensure!(watched.look_up(&[])?.edges == 0);
+    with_own_tracker(|_, mut watched| {
+        ensure!(watched.look_up(&[])?.sent == 0);
         let listeners = [
             sockets::listener(16)?,
             TcpListener::bind("[::1]:0")?,
             TcpListener::bind("[::]:0")?,
         ];
         let mut open = vec![pair(&listeners[0])?, pair(&listeners[1])?];
-        // IPv4 on a socket for both: its addresses are given as IPv4.
+        // IPv4 on a dual-stack socket: ebb returns the addresses as IPv4.
         let port = listeners[2].local_addr()?.port();
-        let client = TcpStream::connect((ANY.ip(), port))?;
+        let client = TcpStream::connect((ANY_PORT.ip(), port))?;
         open.push((listeners[2].accept()?.0, client));
         for (server, client) in &open {
             let v4 = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
             let (local, remote) = (v4(server.local_addr()?), v4(client.local_addr()?));
-            let found = watched.ends(vec![(local, remote)])?.samples;
+            let found = watched.look_up_addresses(vec![(local, remote)])?.samples;
             ensure!(
                 found.len() == 1
                     && found[0].state == TcpState::Established
@@ -179,7 +185,7 @@ fn lookups_find_a_pods_flows_among_thousands_and_no_edge_is_missing() -> Result<
         watched.nothing_is_missing()?;
         ensure!(watched.received == 3, "{} received", watched.received);
 
-        // Each way to end has its own edges.
+        // Each way to close makes one event.
         let (a, b) = open.pop().context("three")?;
         let ends = vec![(a.local_addr()?, a.peer_addr()?)];
         drop(a);
@@ -191,54 +197,50 @@ fn lookups_find_a_pods_flows_among_thousands_and_no_edge_is_missing() -> Result<
         sockets::reset(a)?;
         drop(b);
         watched.nothing_is_missing()?;
-        let left = watched.ends(ends)?.samples;
-        let over = |s| matches!(s, TcpState::TimeWait | TcpState::FinWait2);
-        ensure!(left.iter().all(|s| over(s.state)), "{left:?}");
+        let left = watched.look_up_addresses(ends)?.samples;
+        ensure!(left.is_empty(), "{left:?}");
+        ensure!(watched.received == 6, "{} received", watched.received);
 
-        // Another watch begins anew, and what the first one reported is not the second's.
+        // A second watch starts its count at 0, and does not count the events of the first.
         let (server, client) = pair(&listeners[0])?;
         let again = watched.tracker.watch(&watched.scope)?;
-        ensure!(again != watched.watch && watched.look_up(&[])?.edges == 0);
+        ensure!(again != watched.watch && watched.look_up(&[])?.sent == 0);
         watched.watch = again;
         watched.received = 0;
         watched.nothing_is_missing()?;
         drop((server, client));
         watched.nothing_is_missing()?;
-        ensure!(watched.received > 0);
+        ensure!(watched.received == 1);
         Ok(())
     })
 }
 
-fn a_fast_open_child_is_missing_until_its_first_edge() -> Result<()> {
-    alone(|_, mut watched| {
+fn lookups_fail_where_servers_may_use_fast_open() -> Result<()> {
+    with_own_tracker(|w, watched| {
+        ensure!(watched.look_up(&[]).is_ok(), "not by default");
         sysctl("ipv4/tcp_fastopen", "0x607")?;
-        let listener = listener_with(ANY, 16, libc::IPPROTO_TCP, |s| {
+        let listener = listener_with(ANY_PORT, 16, libc::IPPROTO_TCP, |s| {
             sockets::set(s, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)
         })?;
         let client = sockets::unconnected()?;
-        raw::deafen(&client)?;
+        raw::block_receive(&client)?;
         let flags = SendFlags::DONTWAIT | SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
         sendto(&client, b"early", flags, &listener.local_addr()?)?;
         let (server, _) = listener.accept()?;
-        take(&server, 5)?;
-        watched.receive();
-        // It holds, and no edge has told of it.
-        let counted = watched.look_up(&[])?.edges;
-        ensure!(watched.received == 0 && counted == 1, "{counted}");
-        raw::undeafen(&client)?;
-        let begun = Instant::now();
-        while watched.received == 0 {
-            ensure!(begun.elapsed() < Duration::from_secs(8), "no edge");
-            watched.receive();
-        }
-        watched.nothing_is_missing()
+        read_bytes(&server, 5)?;
+        // It holds the drain, although it has made no event yet.
+        let found = kernel::wait(w.tracker.look_up(&w.scope, vec![]));
+        ensure!(matches!(found, Err(LookUpFailure::FastOpen)), "{found:?}");
+        let flows = w.snapshot()?.flows;
+        ensure!(flows.len() == 1, "{flows:?}");
+        Ok(())
     })
 }
 
-fn case_09_a_fast_open_child_that_is_closed_before_its_handshake_holds_a_drain() -> Result<()> {
+fn case_09_a_fast_open_child_closed_before_its_handshake_is_done_holds_a_drain() -> Result<()> {
     let _turn = turn();
     let pod = Linked::new()?;
-    // They stay on the host's network, whoever uses them.
+    // Made here, so that they are on the host's network.
     let (first, early) = (sockets::unconnected()?, sockets::unconnected()?);
     let (tracker, events) = kernel::start()?;
     pod.namespace.run(|| {
@@ -254,15 +256,15 @@ fn case_09_a_fast_open_child_that_is_closed_before_its_handshake_holds_a_drain()
         let drains =
             kernel::wait(async { Drains::spawn(Arc::new(tracker), events, None, notices) });
         let hold = kernel::wait(drains.hold(order(0, &scope_of_this_thread()?)));
-        until_looked_at(&drains)?;
-        raw::deafen(&early)?;
+        until_dumped(&drains)?;
+        raw::block_receive(&early)?;
         sockets::set(&early, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_NO_COOKIE, 1)?;
         let flags = SendFlags::DONTWAIT | SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
         sendto(&early, b"early", flags, &listener.local_addr()?)?;
         let (child, _) = listener.accept()?;
-        take(&child, 5)?;
-        give(&child, 100)?;
-        // From SYN_RECV to FIN_WAIT1: the client has heard nothing yet.
+        read_bytes(&child, 5)?;
+        write_bytes(&child, 100)?;
+        // From SYN_RECV to FIN_WAIT1, because the client has received nothing yet.
         drop(child);
         drop((server, first));
         let released = async {
@@ -272,9 +274,9 @@ fn case_09_a_fast_open_child_that_is_closed_before_its_handshake_holds_a_drain()
         };
         let early_end = kernel::wait(released);
         ensure!(early_end.is_none(), "the answer is lost: {early_end:?}");
-        raw::undeafen(&early)?;
+        raw::unblock_receive(&early)?;
         let client = TcpStream::from(early);
-        take(&client, 100)?;
+        read_bytes(&client, 100)?;
         drop(client);
         let report = kernel::wait(hold.released());
         ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
@@ -282,18 +284,22 @@ fn case_09_a_fast_open_child_that_is_closed_before_its_handshake_holds_a_drain()
             (report.arrived, report.ended) == (Some(1), Some(2)),
             "{report:?}"
         );
+        ensure!(
+            report.dumps.contains_key(&DumpReason::FastOpen),
+            "{report:?}"
+        );
         Ok(())
     })
 }
 
-fn an_edge_that_does_not_fit_into_the_ring_is_missing_for_good() -> Result<()> {
+fn events_that_do_not_fit_into_the_ring_buffer_are_reported_as_lost() -> Result<()> {
     let _turn = turn();
     let (tracker, mut events) = kernel::start()?;
     Namespace::new()?.run(|| {
         let w = &World::here(tracker)?;
         let mut watched = Watched::new(w, &mut events)?;
         let listener = sockets::listener(16)?;
-        // Nobody receives meanwhile.
+        // Meanwhile the trial receives no events.
         while w.tracker.losses()?[LOST_EVENT as usize] == 0 {
             for _ in 0..100 {
                 let (server, client) = pair(&listener)?;
@@ -302,28 +308,28 @@ fn an_edge_that_does_not_fit_into_the_ring_is_missing_for_good() -> Result<()> {
             }
         }
         watched.receive();
-        ensure!(watched.lost, "nobody was told");
-        let counted = watched.look_up(&[])?.edges;
+        ensure!(watched.lost, "the loss was not reported");
+        let sent = watched.look_up(&[])?.sent;
         ensure!(
-            counted > watched.received,
-            "{counted} counted, {} received",
+            sent > watched.received,
+            "{sent} sent, {} received",
             watched.received
         );
         let lost = w.tracker.losses()?[LOST_EVENT as usize];
-        ensure!(counted == watched.received + lost, "{lost} lost");
-        // The counters have missed nothing.
-        w.has_no_drift()
+        ensure!(sent == watched.received + lost, "{lost} lost");
+        // The counters are still right.
+        w.agrees().map(drop)
     })
 }
 
-fn drains_are_released_by_lookups_however_many_connections_others_have() -> Result<()> {
+fn drains_are_released_by_lookups_although_others_have_thousands_of_connections() -> Result<()> {
     let _others = Others::open(OTHERS)?;
     let _turn = turn();
     let (tracker, events) = kernel::start()?;
-    // On the host network, so that the clients are not in the pod.
+    // On the host network, so that the clients are outside of the pod.
     let cgroup = Cgroup::new("drained")?;
-    let scope = Scope::HostNetwork(vec![cgroup.id()?]);
-    let mut server = Puppet::start_in(&cgroup)?;
+    let scope = Scope::HostNetwork(vec![id_of(&cgroup)?]);
+    let mut server = Worker::start_in(&cgroup)?;
     let at = server.listen()?;
     let (notices, _) = mpsc::unbounded_channel();
     let drains = kernel::wait(async { Drains::spawn(Arc::new(tracker), events, None, notices) });
@@ -331,21 +337,20 @@ fn drains_are_released_by_lookups_however_many_connections_others_have() -> Resu
     let mut by_lookup = 0;
     for n in 0..RELEASES {
         let client = TcpStream::connect(at)?;
-        server.tell("accept")?;
+        server.command("accept")?;
         let hold = kernel::wait(drains.hold(order(n, &scope)));
-        until_looked_at(&drains)?;
+        until_dumped(&drains)?;
         if n % 2 == 0 {
-            // FIN_WAIT2 ends it, and another edge follows.
-            server.tell("close")?;
+            server.command("close")?;
             drop(client);
         } else {
             drop(client);
-            server.tell("close")?;
+            server.command("close")?;
         }
         let report: Arc<Report> = kernel::wait(hold.released());
         ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
         ensure!(report.ended == Some(1), "{report:?}");
-        by_lookup += usize::from(report.released_by == Some(LookKind::Lookup));
+        by_lookup += usize::from(report.released_by == Some(ReleasedBy::Lookup));
         lags.push(report.release_lag_us.context("a close ended it")?);
     }
     lags.sort_unstable();
@@ -356,16 +361,16 @@ fn drains_are_released_by_lookups_however_many_connections_others_have() -> Resu
         at(90),
         at(99)
     );
-    // Not all: an agent that gets no time walks.
-    ensure!(by_lookup > 0, "all were released by walks");
+    // Not all, because an agent on a busy machine dumps instead.
+    ensure!(by_lookup > 0, "all were released by dumps");
     server.kill()
 }
 
-/// Waits until the first look of the drain phase has been made.
-pub(crate) fn until_looked_at(drains: &DrainHandle) -> Result<()> {
+/// Waits for the first dump of the drain phase.
+pub(crate) fn until_dumped(drains: &DrainHandle) -> Result<()> {
     let begun = Instant::now();
     while !drains.view().borrow().active.iter().any(|r| r.walks == 2) {
-        ensure!(begun.elapsed() < Duration::from_secs(8), "not looked at");
+        ensure!(begun.elapsed() < Duration::from_secs(8), "not dumped");
         sleep(Duration::from_millis(5));
     }
     Ok(())
@@ -383,6 +388,8 @@ pub(crate) fn order(n: usize, scope: &Scope) -> HoldOrder {
             sandbox: SandboxId::new("sandbox"),
             scope: scope.clone(),
             ips: vec![],
+            workload: None,
+            labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             containers: vec![],
         }),
@@ -393,7 +400,11 @@ pub(crate) fn order(n: usize, scope: &Scope) -> HoldOrder {
         },
         warnings: vec![],
         grace: Some(Duration::from_secs(60)),
-        patience: None,
-        deleted: None,
+        rpc_timeout: None,
+        deletion: None,
+        is_stop: true,
+        is_not_deleted: false,
+        traceparent: None,
+        is_listed: true,
     }
 }

@@ -1,76 +1,79 @@
-//! The kubelet's probes: known by the socket at their other end, and by nothing else.
+//! The kubelet's probes, which ebb recognises by the socket at their other end alone.
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv6Addr, SocketAddr, TcpListener},
-    thread::{self, sleep},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
+use ebb::kernel::{KernelEvent, SocketChange, Tracker};
+use ebb_core::{
+    arrivals::Arrivals,
     flow::{
         Exempt,
         FlowState::{Active, Backlog},
         Snapshot,
     },
-    kernel::{KernelEvent, Tracker},
-    pods::Scope,
+    scope::Scope,
 };
-use ebb_node::parts::Parts;
+use ebb_testkit::{cgroup::Cgroup, parts::Parts};
+use tokio::time::timeout;
 
 use crate::support::{
-    cgroup::{self, Cgroup},
+    cgroup::{self, id_of},
     kernel,
     link::Linked,
-    puppet::Puppet,
     sockets::{self, listener_with},
+    worker::Worker,
     world::World,
 };
 
-trials![
-    a_kubelets_connection_is_a_probe_before_it_is_accepted_and_for_as_long_as_it_lives,
-    a_client_of_another_cgroup_on_the_same_address_is_no_probe,
-    a_client_that_is_masqueraded_to_the_kubelets_address_is_no_probe,
-    what_the_kubelets_cgroup_dials_in_another_namespace_is_no_probe,
-    whoever_has_a_probes_port_after_it_is_no_probe,
-    probes_are_known_by_ipv6_and_on_listeners_for_both,
-    a_probe_of_a_pod_on_the_hosts_network_is_one,
-    probes_that_live_a_moment_are_never_reported_as_edges,
-    a_restarted_kubelet_is_known_from_the_next_watch_on,
+ebb_testkit::trials![
+    a_connection_of_the_kubelet_is_a_probe_before_and_after_it_is_accepted,
+    a_client_in_another_cgroup_with_the_same_address_is_no_probe,
+    a_client_masqueraded_to_the_kubelets_address_is_no_probe,
+    a_connection_dialled_by_the_kubelets_cgroup_in_another_namespace_is_no_probe,
+    a_client_that_reuses_a_probes_port_is_no_probe,
+    probes_are_recognised_over_ipv6_and_on_dual_stack_listeners,
+    a_probe_of_a_host_network_pod_is_recognised,
+    the_event_of_an_opened_connection_says_whether_it_is_a_probe,
+    a_restarted_kubelet_is_found_at_the_next_watch,
+    probes_and_connections_within_the_pod_are_not_counted_as_a_clients,
+    clients_that_connect_are_counted_with_the_gaps_between_them,
 ];
 
 const A_WHILE: Duration = Duration::from_millis(100);
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A listener on all addresses of both families, or of IPv4 alone, in the calling thread's namespace.
 fn listen(any: &str) -> Result<TcpListener> {
     listener_with(any.parse()?, 64, libc::IPPROTO_TCP, |_| Ok(()))
 }
 
-/// Plays a trial with a server in a pod of its own. The puppets that `f` starts through [`Stage::puppet`] are on
-/// the host's network.
-fn on_stage(any: &str, f: impl FnOnce(&Stage<'_>) -> Result<()> + Send) -> Result<()> {
-    on_stage_of(kernel::shared(), any, f)
+/// Runs `f` in a pod with a server. The kubelet and the client are on the host's network.
+fn with_server(any: &str, f: impl FnOnce(&ServerPod<'_>) -> Result<()> + Send) -> Result<()> {
+    with_server_and_tracker(kernel::shared(), any, f)
 }
 
-fn on_stage_of(
+fn with_server_and_tracker(
     tracker: Tracker,
     any: &str,
-    f: impl FnOnce(&Stage<'_>) -> Result<()> + Send,
+    f: impl FnOnce(&ServerPod<'_>) -> Result<()> + Send,
 ) -> Result<()> {
     let pod = Linked::new()?;
     let own = Cgroup::new(&format!("client-of-{}", pod.v4()))?;
-    let mut actors = [
-        Puppet::start_at(&cgroup::kubelet()?)?,
-        Puppet::start_in(&own)?,
+    let mut workers = [
+        Worker::start_at(&cgroup::kubelet()?)?,
+        Worker::start_in(&own)?,
     ];
-    let [kubelet, client] = &mut actors;
+    let [kubelet, client] = &mut workers;
     pod.namespace.run(|| {
         let world = World::here(tracker)?;
         let listener = world.serving(listen(any)?)?;
         let port = listener.local_addr()?.port();
-        let stage = Stage {
+        let server = ServerPod {
             pod: &pod,
             world,
             listener,
@@ -78,27 +81,27 @@ fn on_stage_of(
             kubelet: kubelet.into(),
             client: client.into(),
         };
-        f(&stage)?;
-        kernel::exact(&stage.world.tracker, Some(&stage.world.scope))
+        f(&server)?;
+        kernel::lost_nothing(&server.world.tracker)
     })
 }
 
-struct Stage<'a> {
+struct ServerPod<'a> {
     pod: &'a Linked,
     world: World,
     listener: TcpListener,
     port: u16,
-    kubelet: std::cell::RefCell<&'a mut Puppet>,
-    client: std::cell::RefCell<&'a mut Puppet>,
+    kubelet: std::cell::RefCell<&'a mut Worker>,
+    client: std::cell::RefCell<&'a mut Worker>,
 }
 
-impl Stage<'_> {
+impl ServerPod<'_> {
     fn kubelet(&self, line: &str) -> Result<String> {
-        self.kubelet.borrow_mut().tell(line)
+        self.kubelet.borrow_mut().command(line)
     }
 
     fn client(&self, line: &str) -> Result<String> {
-        self.client.borrow_mut().tell(line)
+        self.client.borrow_mut().command(line)
     }
 
     fn server(&self) -> SocketAddr {
@@ -111,7 +114,7 @@ impl Stage<'_> {
     }
 
     /// Demands that there is one flow, and that it is exempt for this reason.
-    fn one_is(&self, wanted: Option<Exempt>) -> Result<()> {
+    fn has_one(&self, wanted: Option<Exempt>) -> Result<()> {
         let all = self.exempt()?;
         ensure!(
             all.len() == 1 && all.values().all(|e| *e == wanted),
@@ -133,29 +136,24 @@ fn exempt(snapshot: &Snapshot) -> ByPeer {
 
 const PROBE: Option<Exempt> = Some(Exempt::Probe);
 
-fn a_kubelets_connection_is_a_probe_before_it_is_accepted_and_for_as_long_as_it_lives() -> Result<()>
-{
-    on_stage("0.0.0.0:0", |s| {
+fn a_connection_of_the_kubelet_is_a_probe_before_and_after_it_is_accepted() -> Result<()> {
+    with_server("0.0.0.0:0", |s| {
         s.kubelet(&format!("connect {}", s.server()))?;
         s.world.has(&[(Backlog, 1)], 0)?;
-        s.one_is(PROBE)?;
+        s.has_one(PROBE)?;
         let (server, from) = s.listener.accept()?;
         s.world.has(&[(Active, 1)], 0)?;
         ensure!(s.exempt()? == [(from, PROBE)].into(), "{:?}", s.exempt()?);
-        // Longer than what is noted of a connection that nobody accepts is believed.
-        sleep(Duration::from_secs(3));
-        s.one_is(PROBE)?;
-        // The peer's end goes first.
         s.kubelet("close")?;
-        s.world.has(&[(ebb::flow::FlowState::HalfClosed, 1)], 0)?;
-        s.one_is(PROBE)?;
+        s.world
+            .has(&[(ebb_core::flow::FlowState::HalfClosed, 1)], 0)?;
         drop(server);
         s.world.has(&[], 0)
     })
 }
 
-fn a_client_of_another_cgroup_on_the_same_address_is_no_probe() -> Result<()> {
-    on_stage("0.0.0.0:0", |s| {
+fn a_client_in_another_cgroup_with_the_same_address_is_no_probe() -> Result<()> {
+    with_server("0.0.0.0:0", |s| {
         s.kubelet(&format!("connect {}", s.server()))?;
         s.client(&format!("connect {}", s.server()))?;
         s.world.has(&[(Backlog, 2)], 0)?;
@@ -168,22 +166,22 @@ fn a_client_of_another_cgroup_on_the_same_address_is_no_probe() -> Result<()> {
     })
 }
 
-fn a_client_that_is_masqueraded_to_the_kubelets_address_is_no_probe() -> Result<()> {
+fn a_client_masqueraded_to_the_kubelets_address_is_no_probe() -> Result<()> {
     let elsewhere = Linked::new()?;
-    let mut iptables = Parts::find()?.iptables()?;
+    let mut iptables = Parts::iptables()?;
     let rule = format!(
         "-w -t nat -A POSTROUTING -s {} -j MASQUERADE",
         elsewhere.v4()
     );
     let out = iptables.args(rule.split(' ')).output()?;
     ensure!(out.status.success(), "iptables {rule}: {out:?}");
-    let mut client = elsewhere.namespace.run(Puppet::start)?;
-    on_stage("0.0.0.0:0", |s| {
+    let mut client = elsewhere.namespace.run(Worker::start)?;
+    with_server("0.0.0.0:0", |s| {
         s.kubelet(&format!("connect {}", s.server()))?;
-        client.tell(&format!("connect {}", s.server()))?;
+        client.command(&format!("connect {}", s.server()))?;
         s.world.has(&[(Backlog, 2)], 0)?;
         let of_kubelet: SocketAddr = s.kubelet("local")?.parse()?;
-        let own: SocketAddr = client.tell("local")?.parse()?;
+        let own: SocketAddr = client.command("local")?.parse()?;
         let seen = s.exempt()?;
         ensure!(
             seen.iter()
@@ -198,20 +196,20 @@ fn a_client_that_is_masqueraded_to_the_kubelets_address_is_no_probe() -> Result<
     })
 }
 
-fn what_the_kubelets_cgroup_dials_in_another_namespace_is_no_probe() -> Result<()> {
+fn a_connection_dialled_by_the_kubelets_cgroup_in_another_namespace_is_no_probe() -> Result<()> {
     let elsewhere = Linked::new()?;
     let mut client = elsewhere
         .namespace
-        .run(|| Puppet::start_at(&cgroup::kubelet()?))?;
-    on_stage("0.0.0.0:0", |s| {
-        client.tell(&format!("connect {}", s.server()))?;
+        .run(|| Worker::start_at(&cgroup::kubelet()?))?;
+    with_server("0.0.0.0:0", |s| {
+        client.command(&format!("connect {}", s.server()))?;
         s.world.has(&[(Backlog, 1)], 0)?;
-        s.one_is(None)
+        s.has_one(None)
     })
 }
 
-fn whoever_has_a_probes_port_after_it_is_no_probe() -> Result<()> {
-    on_stage("0.0.0.0:0", |s| {
+fn a_client_that_reuses_a_probes_port_is_no_probe() -> Result<()> {
+    with_server("0.0.0.0:0", |s| {
         let from = SocketAddr::from((s.pod.host_v4(), 29_999));
         for (by_kubelet, wanted) in [(true, PROBE), (false, None), (true, PROBE), (false, None)] {
             let line = format!("connect-from {from} {}", s.server());
@@ -222,7 +220,7 @@ fn whoever_has_a_probes_port_after_it_is_no_probe() -> Result<()> {
             }
             s.world.has(&[(Backlog, 1)], 0)?;
             ensure!(s.exempt()? == [(from, wanted)].into(), "{:?}", s.exempt()?);
-            // A reset, which leaves no TIME_WAIT in the way of the next one.
+            // A reset, so that no TIME_WAIT socket keeps the port.
             sockets::reset(s.listener.accept()?.0)?;
             s.world.has(&[], 0)?;
             if by_kubelet {
@@ -235,8 +233,8 @@ fn whoever_has_a_probes_port_after_it_is_no_probe() -> Result<()> {
     })
 }
 
-fn probes_are_known_by_ipv6_and_on_listeners_for_both() -> Result<()> {
-    on_stage("[::]:0", |s| {
+fn probes_are_recognised_over_ipv6_and_on_dual_stack_listeners() -> Result<()> {
+    with_server("[::]:0", |s| {
         let mapped: Ipv6Addr = s.pod.v4().to_ipv6_mapped();
         let servers: [SocketAddr; 3] = [
             s.server(),
@@ -246,14 +244,14 @@ fn probes_are_known_by_ipv6_and_on_listeners_for_both() -> Result<()> {
         for server in servers {
             s.kubelet(&format!("connect {server}"))?;
             s.world.has(&[(Backlog, 1)], 0)?;
-            s.one_is(PROBE)
+            s.has_one(PROBE)
                 .with_context(|| format!("a probe of {server}"))?;
             s.kubelet("close")?;
             drop(s.listener.accept()?);
             s.world.has(&[], 0)?;
             s.client(&format!("connect {server}"))?;
             s.world.has(&[(Backlog, 1)], 0)?;
-            s.one_is(None)
+            s.has_one(None)
                 .with_context(|| format!("a client of {server}"))?;
             s.client("close")?;
             drop(s.listener.accept()?);
@@ -261,111 +259,174 @@ fn probes_are_known_by_ipv6_and_on_listeners_for_both() -> Result<()> {
         }
         Ok(())
     })?;
-    // From a socket for both to one for IPv4 alone.
-    on_stage("0.0.0.0:0", |s| {
+    // From a dual-stack socket to an IPv4 socket.
+    with_server("0.0.0.0:0", |s| {
         s.kubelet(&format!(
             "connect [{}]:{}",
             s.pod.v4().to_ipv6_mapped(),
             s.port
         ))?;
         s.world.has(&[(Backlog, 1)], 0)?;
-        s.one_is(PROBE)
+        s.has_one(PROBE)
     })
 }
 
-fn a_probe_of_a_pod_on_the_hosts_network_is_one() -> Result<()> {
+fn a_probe_of_a_host_network_pod_is_recognised() -> Result<()> {
     let own = Cgroup::new("on-the-hosts-network")?;
-    let mut server = Puppet::start_in(&own)?;
-    let mut kubelet = Puppet::start_at(&cgroup::kubelet()?)?;
-    let mut client = Puppet::start()?;
+    let mut server = Worker::start_in(&own)?;
+    let mut kubelet = Worker::start_at(&cgroup::kubelet()?)?;
+    let mut client = Worker::start()?;
     let at = server.listen()?;
     let tracker = kernel::shared();
     for dialler in [&mut kubelet, &mut client] {
-        dialler.tell(&format!("connect {at}"))?;
-        server.tell("accept")?;
+        dialler.command(&format!("connect {at}"))?;
+        server.command("accept")?;
     }
-    let look = kernel::wait(tracker.look(&Scope::HostNetwork(vec![own.id()?])))?;
-    let snapshot = Snapshot::new(look.taken_at, &look.samples, PATIENCE, |_| true, |_| false);
+    let dump = kernel::wait(tracker.dump(&Scope::HostNetwork(vec![id_of(&own)?])))?;
+    let snapshot = Snapshot::new(dump.taken_at, &dump.samples, TIMEOUT, |_| true, |_| false);
     let seen = exempt(&snapshot);
     let wanted = BTreeMap::from([
-        (kubelet.tell("local")?.parse()?, PROBE),
-        (client.tell("local")?.parse()?, None),
+        (kubelet.command("local")?.parse()?, PROBE),
+        (client.command("local")?.parse()?, None),
     ]);
     ensure!(seen == wanted, "{seen:?}, not {wanted:?}");
     Ok(())
 }
 
-fn probes_that_live_a_moment_are_never_reported_as_edges() -> Result<()> {
-    const PROBES: usize = 500;
-    let (tracker, mut events) = kernel::start_knowing(Some(cgroup::kubelet()?))?;
-    on_stage_of(tracker.clone(), "[::]:0", |s| {
+fn the_event_of_an_opened_connection_says_whether_it_is_a_probe() -> Result<()> {
+    const PROBES: u64 = 20;
+    let (tracker, mut events) = kernel::start_with_kubelet(Some(&cgroup::kubelet()?))?;
+    with_server_and_tracker(tracker.clone(), "[::]:0", |s| {
         tracker.watch(&s.world.scope)?;
-        thread::scope(|scope| {
-            // Some are gone before they are accepted.
-            let listener = s.listener.try_clone()?;
-            let serving =
-                scope.spawn(move || (0..=PROBES).try_for_each(|_| listener.accept().map(drop)));
-            s.kubelet
-                .borrow_mut()
-                .tell(&format!("touch {PROBES} {}", s.server()))?;
-            ensure!(
-                s.world.ever() == PROBES as u64,
-                "{} arrived",
-                s.world.ever()
-            );
-            s.client(&format!("connect {}", s.server()))?;
-            serving
-                .join()
-                .map_err(|_| anyhow::anyhow!("the server panicked"))??;
-            Ok(())
-        })?;
-        let client: SocketAddr = s.client("local")?.parse()?;
-        s.client("close")?;
-        s.world.has(&[], 0)?;
-        sleep(A_WHILE);
-        let mut of_client = 0_u64;
-        while let Ok(event) = events.try_recv() {
-            match event {
-                KernelEvent::Edge(edge) if edge.remote == client => of_client += 1,
-                other => anyhow::bail!("reported: {other:?}"),
-            }
+        let mut received = 0;
+        let mut next = |wanted: SocketChange| -> Result<bool> {
+            let event = kernel::wait(async { timeout(TIMEOUT, events.recv()).await })?;
+            let Some(KernelEvent::Socket(event)) = event else {
+                anyhow::bail!("not an event of a connection: {event:?}");
+            };
+            received += 1;
+            ensure!(event.change == wanted, "{event:?}, not {wanted:?}");
+            Ok(event.exempt)
+        };
+        for n in 0..PROBES {
+            s.kubelet(&format!("connect {}", s.server()))?;
+            let accepted = s.listener.accept()?;
+            // The kubelet's end is still open when ebb looks it up.
+            ensure!(next(SocketChange::Opened)?, "probe {n} is a client");
+            drop(accepted);
+            s.kubelet("close")?;
+            next(SocketChange::Closed)?;
         }
-        ensure!(of_client >= 2, "the client's own edges are missing");
-        // Nor do they count as edges that somebody still has to be told of: else every release would need a walk.
-        let counted = kernel::wait(tracker.look_up(&s.world.scope, vec![]))?.edges;
-        ensure!(
-            counted == of_client,
-            "{counted} edges counted, {of_client} reported"
-        );
+        s.client(&format!("connect {}", s.server()))?;
+        drop(s.listener.accept()?);
+        ensure!(!next(SocketChange::Opened)?, "the client is a probe");
+        s.client("close")?;
+        next(SocketChange::Closed)?;
+        // Probes count as received. Otherwise lookups would find events missing.
+        let sent = kernel::wait(tracker.look_up(&s.world.scope, vec![]))?.sent;
+        ensure!(sent == received, "{sent} sent, {received} received");
         Ok(())
     })
 }
 
-fn a_restarted_kubelet_is_known_from_the_next_watch_on() -> Result<()> {
-    // Its name says nothing: it is named to the tracker.
+fn a_restarted_kubelet_is_found_at_the_next_watch() -> Result<()> {
+    // The tracker gets the name, because it can't find this one.
     let first = Cgroup::new("restarted")?;
     let path = first.path().to_owned();
-    let (tracker, _events) = kernel::start_knowing(Some(path.clone()))?;
-    let before = first.id()?;
+    let (tracker, _events) = kernel::start_with_kubelet(Some(&path))?;
+    let before = id_of(&first)?;
     drop(first);
     let again = Cgroup::new("restarted")?;
-    ensure!(again.id()? != before, "the same cgroup");
-    let mut kubelet = Puppet::start_at(&path)?;
-    on_stage_of(tracker.clone(), "0.0.0.0:0", |s| {
+    ensure!(id_of(&again)? != before, "the same cgroup");
+    let mut kubelet = Worker::start_at(&path)?;
+    with_server_and_tracker(tracker.clone(), "0.0.0.0:0", |s| {
         let scope = &s.world.scope;
-        kubelet.tell(&format!("connect {}", s.server()))?;
-        s.one_is(None)?;
-        let until = Instant::now() + PATIENCE;
-        // In the background, so not at once.
+        kubelet.command(&format!("connect {}", s.server()))?;
+        s.has_one(None)?;
+        let until = Instant::now() + TIMEOUT;
+        // The tracker looks for the kubelet in the background.
         kernel::wait(async { tracker.watch(scope) })?;
         loop {
-            kubelet.tell(&format!("connect {}", s.server()))?;
-            let newest: SocketAddr = kubelet.tell("local")?.parse()?;
+            kubelet.command(&format!("connect {}", s.server()))?;
+            let newest: SocketAddr = kubelet.command("local")?.parse()?;
             if s.exempt()?.get(&newest) == Some(&PROBE) {
                 return Ok(());
             }
-            ensure!(Instant::now() < until, "not known: {:?}", s.exempt()?);
+            ensure!(Instant::now() < until, "not a probe: {:?}", s.exempt()?);
             sleep(A_WHILE);
         }
+    })
+}
+
+impl ServerPod<'_> {
+    /// How often clients have connected.
+    fn arrivals(&self) -> Result<Arrivals> {
+        let arrivals = kernel::wait(self.world.tracker.arrivals(&self.world.scope))?;
+        arrivals.context("not known how often clients connect")
+    }
+}
+
+fn probes_and_connections_within_the_pod_are_not_counted_as_a_clients() -> Result<()> {
+    let (tracker, _events) = kernel::start_with_kubelet(Some(&cgroup::kubelet()?))?;
+    with_server_and_tracker(tracker, "[::]:0", |s| {
+        let servers: [SocketAddr; 3] = [
+            s.server(),
+            (s.pod.v4().to_ipv6_mapped(), s.port).into(),
+            (s.pod.v6(), s.port).into(),
+        ];
+        for server in servers {
+            s.kubelet(&format!("connect {server}"))?;
+            drop(s.listener.accept()?);
+            s.kubelet("close")?;
+        }
+        let within: [SocketAddr; 4] = [
+            s.server(),
+            (s.pod.v6(), s.port).into(),
+            (Ipv4Addr::LOCALHOST, s.port).into(),
+            (Ipv6Addr::LOCALHOST, s.port).into(),
+        ];
+        for server in within {
+            let client = TcpStream::connect(server).with_context(|| format!("{server}"))?;
+            drop((s.listener.accept()?, client));
+        }
+        let before = s.arrivals()?;
+        ensure!(before.gap.is_none(), "{before:?}");
+        for server in servers {
+            s.client(&format!("connect {server}"))?;
+            drop(s.listener.accept()?);
+            s.client("close")?;
+            let after = s.arrivals()?;
+            ensure!(
+                after.gap.is_some_and(|gap| gap <= after.observed),
+                "{after:?}, from {server}"
+            );
+        }
+        Ok(())
+    })
+}
+
+fn clients_that_connect_are_counted_with_the_gaps_between_them() -> Result<()> {
+    let (tracker, _events) = kernel::start_with_kubelet(Some(&cgroup::kubelet()?))?;
+    with_server_and_tracker(tracker, "0.0.0.0:0", |s| {
+        for _ in 0..60 {
+            s.client(&format!("connect {}", s.server()))?;
+            drop(s.listener.accept()?);
+            s.client("close")?;
+            sleep(Duration::from_millis(50));
+        }
+        let counted = s.arrivals()?;
+        let gap = counted.gap.context("no client has connected")?;
+        // The time before the first connection and the silence now are gaps, too.
+        ensure!(
+            gap >= Duration::from_millis(40) && gap < counted.observed / 2,
+            "{counted:?}"
+        );
+        sleep(Duration::from_secs(6));
+        let silent = s.arrivals()?;
+        ensure!(
+            silent.gap.is_some_and(|later| later > gap * 2),
+            "{silent:?} after {counted:?}"
+        );
+        Ok(())
     })
 }

@@ -1,4 +1,4 @@
-//! What prolongs the settle phase of a drain, with the real tracker behind the real driver.
+//! What prolongs the settle phase of a drain, with the real tracker and the real driver.
 
 use std::{
     collections::BTreeMap,
@@ -10,38 +10,39 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use ebb::{
-    drain::{
-        driver::{Drains, HoldOrder},
-        policy::Policy,
-        report::{ReleaseReason, Report},
-    },
+    drains::driver::{Drains, HoldOrder},
+    pods::Pod,
+};
+use ebb_core::{
+    drain_report::{ReleaseReason, Report},
     ids::{PodName, PodUid, SandboxId},
-    pods::{Pod, Scope},
+    policy::Policy,
+    scope::Scope,
 };
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::support::{
     kernel,
     link::Linked,
-    namespace::scope_of_this_thread,
     proc_net, raw,
     sockets::{self, dial, listener_with},
+    world::scope_of_this_thread,
 };
 
-trials![
-    handshakes_that_are_never_done_do_not_prolong_settle,
-    handshakes_that_are_done_prolong_settle_to_its_maximum,
+ebb_testkit::trials![
+    unfinished_handshakes_do_not_prolong_settle,
+    finished_handshakes_prolong_settle_to_its_maximum,
 ];
 
-/// Longer than what a flood leaves between two handshakes, and than a busy machine stalls.
+/// Longer than a flood's pause between two handshakes, and than a busy machine stalls.
 const QUIET: Duration = Duration::from_secs(2);
 const SETTLE_MAX: Duration = Duration::from_secs(6);
-const LONGEST: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Drains the pod in whose namespace the calling thread is.
+/// Drains the pod of the calling thread's namespace.
 fn settle(scope: Scope) -> Result<Arc<Report>> {
     let (tracker, events) = kernel::start()?;
-    let (again, own) = (tracker.clone(), scope.clone());
+    let kernel = Arc::new(tracker.clone());
     let pod = Pod {
         name: PodName {
             uid: PodUid::new("u"),
@@ -51,6 +52,8 @@ fn settle(scope: Scope) -> Result<Arc<Report>> {
         sandbox: SandboxId::new("s"),
         scope,
         ips: vec![],
+        workload: None,
+        labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         containers: vec![],
     };
@@ -62,24 +65,28 @@ fn settle(scope: Scope) -> Result<Arc<Report>> {
             ..Policy::default()
         },
         warnings: vec![],
-        grace: Some(LONGEST * 2),
-        patience: None,
-        deleted: None,
+        grace: Some(TIMEOUT * 2),
+        rpc_timeout: None,
+        deletion: None,
+        is_stop: true,
+        is_not_deleted: false,
+        traceparent: None,
+        is_listed: true,
     };
     let report = kernel::wait(async {
-        let (notices, _heard) = mpsc::unbounded_channel();
-        let drains = Drains::spawn(Arc::new(tracker), events, None, notices);
+        let (notices, _receiver) = mpsc::unbounded_channel();
+        let drains = Drains::spawn(kernel, events, None, notices);
         let hold = drains.hold(order).await;
-        let report = timeout(LONGEST, hold.released()).await;
-        report.context("it does not end")
+        let report = timeout(TIMEOUT, hold.released()).await;
+        report.context("still held")
     })?;
-    kernel::exact(&again, Some(&own))?;
+    kernel::lost_nothing(&tracker)?;
     Ok(report)
 }
 
-/// Drains a pod with a listener while `pester` is called again and again, on the host's network.
+/// Drains a pod with a listener, and calls `connect` on the host's network until the drain ends.
 fn settle_while(
-    mut pester: impl FnMut(&TcpListener) -> Result<()>,
+    mut connect: impl FnMut(&TcpListener) -> Result<()>,
 ) -> Result<(Linked, Arc<Report>)> {
     let pod = Linked::new()?;
     let any = (pod.v4(), 0).into();
@@ -89,7 +96,7 @@ fn settle_while(
     let report = thread::scope(|s| {
         let settling = s.spawn(|| pod.namespace.run(|| settle(scope_of_this_thread()?)));
         while !settling.is_finished() {
-            pester(&listener)?;
+            connect(&listener)?;
             sleep(Duration::from_millis(5));
         }
         settling.join().unwrap_or_else(|_| bail!("panicked"))
@@ -97,18 +104,18 @@ fn settle_while(
     Ok((pod, report))
 }
 
-fn handshakes_that_are_never_done_do_not_prolong_settle() -> Result<()> {
+fn unfinished_handshakes_do_not_prolong_settle() -> Result<()> {
     let mut flood = Vec::new();
     let (pod, report) = settle_while(|listener| {
-        let deaf = |s: &_| Ok(raw::deafen(s)?);
-        flood.push(dial(listener.local_addr()?, libc::IPPROTO_TCP, deaf)?);
-        // The older ones make room: their SYN was answered long ago.
+        let blocked = |s: &_| Ok(raw::block_receive(s)?);
+        flood.push(dial(listener.local_addr()?, libc::IPPROTO_TCP, blocked)?);
+        // The server answered the older ones' SYNs long ago.
         if flood.len() > 200 {
             flood.remove(0);
         }
         Ok(())
     })?;
-    // The kernel tells of those that are under way as SYN_RECV; beside the listener.
+    // Beside the listener, the kernel lists the unfinished handshakes as SYN_RECV.
     let rows = pod.namespace.run(proc_net::rows)?;
     ensure!(flood.len() > 100, "only {} handshakes", flood.len());
     ensure!(
@@ -125,11 +132,11 @@ fn handshakes_that_are_never_done_do_not_prolong_settle() -> Result<()> {
     Ok(())
 }
 
-fn handshakes_that_are_done_prolong_settle_to_its_maximum() -> Result<()> {
+fn finished_handshakes_prolong_settle_to_its_maximum() -> Result<()> {
     let mut arrived = 0;
     let (pod, report) = settle_while(|listener| {
         let client = TcpStream::connect(listener.local_addr()?)?;
-        // A reset, which leaves no TIME_WAIT behind.
+        // A reset leaves no TIME_WAIT socket behind.
         sockets::reset(listener.accept()?.0)?;
         drop(client);
         arrived += 1;
@@ -145,7 +152,7 @@ fn handshakes_that_are_done_prolong_settle_to_its_maximum() -> Result<()> {
     };
     ensure!(late.address == pod.host_v4(), "{report:?}");
     ensure!(Some(late.flows) == report.arrived, "{report:?}");
-    // Some came before the drain had begun, and perhaps one after it.
+    // Some came before the drain began, and perhaps one after its end.
     ensure!((100..=arrived).contains(&late.flows), "{report:?}");
     Ok(())
 }

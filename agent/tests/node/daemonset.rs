@@ -4,18 +4,21 @@ use std::{
     collections::BTreeMap,
     fs,
     io::ErrorKind,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::report::ReleaseReason,
-    report::view::{DrainList, FlowList},
+use ebb_core::{
+    drain_report::ReleaseReason,
+    notification::{SignalOutcome, SignalReport},
 };
-use ebb_node::{
-    api_server::{ApiServer, Verb},
+use ebb_protocol::views::{DrainList, FlowList, PodList};
+use ebb_testkit::{
+    api_server::{ApiServer, ApiVerb},
     http,
-    kubelet::{ContainerSpec, Mount, Pod, PodSpec, Security},
+    kubelet::{ContainerSpec, Mount, PodSpec, Security, StartedPod},
+    terminal::Terminal,
 };
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
@@ -24,40 +27,42 @@ use k8s_openapi::api::{
 use libtest_mimic::Trial;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::{process::Command, time::timeout};
 
 use crate::{
     agent::{NODE_NAME, Proxy},
     hold::stop,
     peer::Peer,
     scene::{
-        Alone, NODE_V4, SECOND, SOON, directory, eventually, free_port, run, server, trial_alone,
+        ExclusiveScene, NODE_V4, SECOND, SOON, directory, eventually, free_port, run, server,
+        trial_alone,
     },
 };
 
-/// Privileged, which a pod may declare, too.
+/// A privileged port, which a pod may declare too.
 const WAIT_PORT: u16 = 690;
 
 const NOBODY: i64 = 65_534;
 
 pub(crate) fn trials() -> Vec<Trial> {
-    // Alone: every other agent would listen on the wait port of its pod.
+    // They need the node to themselves, because every other agent would listen on the wait port of their pod.
     vec![
         trial_alone(
-            "the_daemonset_does_the_main_job_with_the_capabilities_and_mounts_it_names",
+            "the_daemonset_holds_pods_with_only_the_capabilities_and_mounts_it_names",
             daemonset,
         ),
-        trial_alone("the_daemonset_does_the_main_job_privileged", privileged),
+        trial_alone("the_privileged_daemonset_holds_pods", privileged),
     ]
 }
 
-/// A cluster's API server, and what its pods have to get in.
-struct Secured {
+/// An API server with TLS and authentication, and the service account that its pods use.
+struct SecuredCluster {
     api: ApiServer,
     account: PathBuf,
 }
 
-impl Secured {
-    async fn start(scene: &Alone) -> Result<Self> {
+impl SecuredCluster {
+    async fn start(scene: &ExclusiveScene) -> Result<Self> {
         let account = directory(&scene.directory, "serviceaccount")?;
         let address = ([127, 0, 0, 1], free_port()).into();
         let api = ApiServer::start_secured(address).await?;
@@ -65,8 +70,8 @@ impl Secured {
         Ok(Self { api, account })
     }
 
-    /// As the kubelet does, of the pod's own accord: the account where it is looked for, and where the server is.
-    fn admit(&self, mut agent: PodSpec) -> PodSpec {
+    /// Mounts the service account and sets the server's address, as the kubelet does for every pod.
+    fn with_service_account(&self, mut agent: PodSpec) -> PodSpec {
         let container = agent.containers.remove(0);
         let at = self.api.address();
         let mut container = container
@@ -82,7 +87,7 @@ impl Secured {
     }
 }
 
-async fn privileged(scene: Alone) -> Result<()> {
+async fn privileged(scene: ExclusiveScene) -> Result<()> {
     let kubelet = scene.node.kubelet()?;
     let spec = PodSpec::new("under-privileged")
         .annotation("ebb.dev/quiet", "300ms")
@@ -115,7 +120,7 @@ async fn privileged(scene: Alone) -> Result<()> {
     drop(slow);
     let stopped = stopping.await?;
     ensure!(stopped.error().is_none(), "{stopped:?}");
-    let drains: DrainList = ask(&scene, &agent, &["drains"]).await?;
+    let drains: DrainList = query(&scene, &agent, &["drains"]).await?;
     let report = drains.drains.first().context("no drain")?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     let stopped = kubelet.stop(&agent, 10 * SECOND).await;
@@ -123,7 +128,7 @@ async fn privileged(scene: Alone) -> Result<()> {
     Ok(())
 }
 
-async fn until_ready(agent: &Pod) -> Result<()> {
+async fn until_ready(agent: &StartedPod) -> Result<()> {
     eventually("the agent is ready", async || {
         let ready = http::get(([127, 0, 0, 1], 9690).into(), "/readyz").await;
         Ok(ready.is_ok_and(|r| r.status == 200).then_some(()))
@@ -132,9 +137,14 @@ async fn until_ready(agent: &Pod) -> Result<()> {
     .with_context(|| logs(agent))
 }
 
-/// In a cluster a deletion is known, so that a pod of one container is held; and what became of it is written there.
-/// All of that by TLS and with the token.
-async fn is_told_of(scene: &Alone, cluster: &Secured, agent: &Pod, proxy: &Proxy) -> Result<()> {
+/// With an API server, a deleted pod of one container is held and gets an Event about its drain. The agent connects
+/// by TLS and with the token.
+async fn writes_an_event(
+    scene: &ExclusiveScene,
+    cluster: &SecuredCluster,
+    agent: &StartedPod,
+    proxy: &Proxy,
+) -> Result<()> {
     let spec = PodSpec::new("under-daemonset-one").container(server("app", 8080));
     cluster.api.create(&spec, NODE_NAME);
     let pod = run(&scene.node, spec).await?;
@@ -145,39 +155,43 @@ async fn is_told_of(scene: &Alone, cluster: &Secured, agent: &Pod, proxy: &Proxy
     drop(slow);
     let stopped = stopping.await?;
     ensure!(stopped.error().is_none(), "{stopped:?}\n{}", logs(agent));
-    let told = eventually("the cluster is told", async || {
+    let written = eventually("the Event is written", async || {
         let mut events = cluster.api.events().into_iter();
         let uid = pod.spec.uid.as_str();
         Ok(events.find(|e| e["reason"] == "Drained" && e["regarding"]["uid"] == uid))
     });
-    told.await.with_context(|| logs(agent))?;
-    ensure!(cluster.api.count(Verb::Watch) > 0, "nobody watched");
+    written.await.with_context(|| logs(agent))?;
+    ensure!(cluster.api.count(ApiVerb::Watch) > 0, "no watch was opened");
     Ok(())
 }
 
-async fn daemonset(scene: Alone) -> Result<()> {
+async fn daemonset(scene: ExclusiveScene) -> Result<()> {
     let kubelet = scene.node.kubelet()?;
-    // The first pod makes the bridge, and so the node's address. As nobody, like most servers.
+    // The first pod creates the bridge, and so the node's address. Its servers run as the user nobody, as most do.
     let spec = PodSpec::new("under-daemonset")
         .annotation("ebb.dev/quiet", "300ms")
         .annotation("ebb.dev/idle-after", "300ms")
         .annotation("ebb.dev/idle-flows", "close")
         .annotation("ebb.dev/wait-port", &WAIT_PORT.to_string())
+        .annotation("ebb.dev/stop-signal", "SIGUSR1")
         .container(server("app", 8080).user(NOBODY))
         .container(server("side", 8081).user(NOBODY));
     let pod = run(&scene.node, spec).await?;
     let host_port = free_port();
     let spec = PodSpec::new("under-daemonset-host").host_network();
     let host = spec.container(server("app", host_port).user(NOBODY));
-    kubelet.run(&host).await?;
+    let host = kubelet.run(&host).await?;
     let on_host = ([127, 0, 0, 1], host_port).into();
     http::until_open(on_host, SOON).await?;
 
     let daemonset: DaemonSet = serde_saphyr::from_str(&manifest("daemonset.yaml")?)?;
     let image = scene.import_ebb(&daemonset).await?;
-    let cluster = Secured::start(&scene).await?;
-    let spec = cluster.admit(pod_of(&daemonset, &image)?);
-    // What the trial is about.
+    let cluster = SecuredCluster::start(&scene).await?;
+    // The API server knows all pods, or ebb takes them for deleted by force.
+    cluster.api.create(&pod.spec, NODE_NAME);
+    cluster.api.create(&host.spec, NODE_NAME);
+    let spec = cluster.with_service_account(pod_of(&daemonset, &image)?);
+    // The trial is about an agent without privileges.
     let security = &spec.containers[0].security;
     ensure!(!security.privileged && security.read_only_root);
     let agent = kubelet.run(&spec).await?;
@@ -191,7 +205,8 @@ async fn daemonset(scene: Alone) -> Result<()> {
     )
     .await?;
     let _on_host = Peer::asking(on_host, "/slow?ms=60000").await?;
-    let flows: FlowList = ask(&scene, &agent, &["flows", "under-daemonset-host"]).await?;
+    answers_kubectl_ebb(&scene, &cluster, &agent).await?;
+    let flows: FlowList = query(&scene, &agent, &["flows", "under-daemonset-host"]).await?;
     ensure!(flows.flows.len() == 1, "{flows:?}\n{}", logs(&agent));
 
     http::until_open(pod.v4(WAIT_PORT)?, SOON)
@@ -200,14 +215,15 @@ async fn daemonset(scene: Alone) -> Result<()> {
     let mut slow = Peer::asking(pod.v4(8080)?, "/slow?ms=2000").await?;
     // Its client never closes it: ebb does, with a duplicate of the server's descriptor.
     let idle = Peer::served(pod.v4(8081)?).await?;
+    cluster.api.delete(&pod.spec, 20 * SECOND);
     let stopping = stop(scene.node.kubelet_at(&proxy.socket)?, &pod, 20 * SECOND);
-    slow.answer("slow\n").await?;
+    slow.answer("slow\n").await.with_context(|| logs(&agent))?;
     drop(slow);
     let stopped = stopping.await?;
     ensure!(stopped.error().is_none(), "{stopped:?}");
     drop(idle);
 
-    let drains: DrainList = ask(&scene, &agent, &["drains"]).await?;
+    let drains: DrainList = query(&scene, &agent, &["drains"]).await?;
     let report = drains
         .drains
         .iter()
@@ -216,20 +232,25 @@ async fn daemonset(scene: Alone) -> Result<()> {
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!(report.idle_closed == 1, "{report:?}\n{}", logs(&agent));
     ensure!(report.cut_total == Some(0), "{report:?}");
+    // The servers run as another user and do not handle the signal, but it reached them.
+    let sent = report.notified.signals.as_deref().unwrap_or_default();
+    ensure!(sent.len() == 2, "{report:?}\n{}", logs(&agent));
+    let reached = |s: &SignalReport| s.outcome == SignalOutcome::Ignored;
+    ensure!(sent.iter().all(reached), "{report:?}");
 
-    is_told_of(&scene, &cluster, &agent, &proxy).await?;
-    has_room(&scene, &daemonset, &agent).await?;
-    // Its own stop is asked about, too, and passes at once: who would answer for it afterwards?
+    writes_an_event(&scene, &cluster, &agent, &proxy).await?;
+    fits_in_memory(&scene, &daemonset, &agent).await?;
+    // The agent's own stop is forwarded at once, because no agent would be left to release it.
     let through = scene.node.kubelet_at(&proxy.socket)?;
     let stopped = through.stop(&agent, 10 * SECOND).await;
     ensure!(stopped.error().is_none(), "{stopped:?}");
     ensure!(stopped.took < 4 * SECOND, "{stopped:?}");
-    let log = fs::read_to_string(scene.node.place().directory().join("containerd/log"))?;
-    let told = format!(
+    let log = fs::read_to_string(scene.node.paths().directory().join("containerd/log"))?;
+    let call = format!(
         "StopContainer for \\\"{}\\\" with timeout 10 ",
         agent.containers[0].id
     );
-    ensure!(log.contains(&told), "not stopped as it was asked: {told}");
+    ensure!(log.contains(&call), "not forwarded as it came: {call}");
     ensure!(
         !Path::new("/run/ebb/agent.sock").exists(),
         "the socket stays"
@@ -237,17 +258,99 @@ async fn daemonset(scene: Alone) -> Result<()> {
     Ok(())
 }
 
-/// Asks the agent as `kubectl exec` does.
-async fn ask<T: DeserializeOwned>(scene: &Alone, agent: &Pod, words: &[&str]) -> Result<T> {
-    let command = [&["/usr/local/bin/ebb"], words, &["-o", "json"]].concat();
+/// The kubectl plugin finds the agent through the API server and runs verbs in its container. A node whose agent can't be
+/// asked is named, and costs nothing but its own rows.
+async fn answers_kubectl_ebb(
+    scene: &ExclusiveScene,
+    cluster: &SecuredCluster,
+    agent: &StartedPod,
+) -> Result<()> {
+    let kubeconfig = scene.directory.join("kubeconfig");
+    cluster.api.kubeconfig_with(&cluster.account, &kubeconfig)?;
+    let plugin = scene.directory.join("kubectl-ebb");
+    symlink(env!("CARGO_BIN_EXE_ebb"), &plugin)?;
+    let kubectl_ebb = async |args: &[&str]| {
+        let mut command = Command::new(&plugin);
+        command.args(args).arg("--kubeconfig").arg(&kubeconfig);
+        Ok::<_, anyhow::Error>(command.output().await?)
+    };
+
+    let none = kubectl_ebb(&["pods"]).await?;
+    let why = String::from_utf8_lossy(&none.stderr);
+    ensure!(
+        !none.status.success() && why.contains("no agent of ebb runs in namespace ebb-system"),
+        "{why}"
+    );
+    cluster.api.create(&agent.spec, NODE_NAME);
+    cluster.api.allow_exec(agent, scene.node.kubelet()?);
+
+    let pods = kubectl_ebb(&["pods", "-o", "json"]).await?;
+    ensure!(pods.status.success(), "{pods:?}");
+    let pods: PodList = serde_json::from_slice(&pods.stdout)?;
+    ensure!(
+        pods.pods.iter().any(|p| p.pod.name == "under-daemonset"),
+        "{pods:?}"
+    );
+    let flows = kubectl_ebb(&["flows", "default/under-daemonset-host", "--no-headers"]).await?;
+    let rows = String::from_utf8_lossy(&flows.stdout).lines().count();
+    ensure!(flows.status.success() && rows == 1, "{flows:?}");
+    // The agent's own answer and exit status: nothing is held.
+    let release = kubectl_ebb(&["release", "under-daemonset"]).await?;
+    ensure!(release.status.code() == Some(10), "{release:?}");
+    let unknown = kubectl_ebb(&["release", "under"]).await?;
+    let why = String::from_utf8_lossy(&unknown.stderr);
+    ensure!(why.contains("the API server knows no pod under"), "{why}");
+
+    // A terminal goes through to the agent's container, with its size and its keys.
+    let terminal = Terminal::open(100, 30)?;
+    let modes = format!("{:?}", terminal.modes()?);
+    let mut top = Command::from(terminal.controlled(&plugin)?);
+    top.arg("top").arg("--kubeconfig").arg(&kubeconfig);
+    let mut top = top.kill_on_drop(true).spawn()?;
+    eventually("ebb top shows pods", async || {
+        let screen = terminal.text();
+        let is_whole = screen.contains("under-daemonset") && screen.contains("q quit");
+        Ok(is_whole.then_some(()))
+    })
+    .await
+    .with_context(|| terminal.text())?;
+    terminal.send("q")?;
+    let ended = timeout(SOON, top.wait()).await??;
+    ensure!(ended.success(), "{ended:?}: {}", terminal.text());
+    ensure!(
+        format!("{:?}", terminal.modes()?) == modes,
+        "the modes stay"
+    );
+
+    let mut elsewhere = agent.spec.clone();
+    elsewhere.name = "ebb-elsewhere".into();
+    cluster.api.create(&elsewhere, "node-b");
+    let drains = kubectl_ebb(&["drains"]).await?;
+    let why = String::from_utf8_lossy(&drains.stderr);
+    ensure!(
+        drains.status.code() == Some(9) && why.contains("node-b: "),
+        "{drains:?}"
+    );
+    ensure!(drains.stdout.starts_with(b"NAMESPACE"), "{drains:?}");
+    cluster.api.remove(&elsewhere);
+    Ok(())
+}
+
+/// Runs a verb in the agent's container, as `kubectl exec` does.
+async fn query<T: DeserializeOwned>(
+    scene: &ExclusiveScene,
+    agent: &StartedPod,
+    verb: &[&str],
+) -> Result<T> {
+    let command = [&["/usr/local/bin/ebb"], verb, &["-o", "json"]].concat();
     let kubelet = scene.node.kubelet()?;
     let output = kubelet.exec(&agent.containers[0], &command, SOON).await?;
     ensure!(output.status == 0, "{output:?}");
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The runtime has done with the agent what the manifest says: no other capability, seccomp, read-only.
-async fn is_confined(scene: &Alone, agent: &Pod, spec: &PodSpec) -> Result<()> {
+/// Requires that the runtime has applied the manifest: no other capability, seccomp, a read-only root.
+async fn is_confined(scene: &ExclusiveScene, agent: &StartedPod, spec: &PodSpec) -> Result<()> {
     let pid = scene.node.kubelet()?.pid(&agent.containers[0]).await?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
@@ -260,15 +363,15 @@ async fn is_confined(scene: &Alone, agent: &Pod, spec: &PodSpec) -> Result<()> {
     );
     let root = fs::write(format!("/proc/{pid}/root/tmp-file"), "");
     ensure!(root.is_err_and(|e| e.kind() == ErrorKind::ReadOnlyFilesystem));
-    // What is unmounted on the node is not kept mounted here.
+    // An unmount on the node unmounts here too.
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
     let mut follows = mounts.lines().filter(|l| l.contains(" /run/containerd "));
     ensure!(follows.any(|l| l.contains(" master:")), "{mounts}");
     Ok(())
 }
 
-impl Alone {
-    /// Imports the image of the repository as the manifest names it.
+impl ExclusiveScene {
+    /// Imports the repository's image under the manifest's name.
     async fn import_ebb(&self, manifest: &DaemonSet) -> Result<String> {
         let archive = target().join("dist/debug/ebb-image.tar");
         ensure!(
@@ -277,7 +380,7 @@ impl Alone {
             archive.display()
         );
         let image = container_of(manifest)?.image.as_ref().context("no image")?;
-        // What a short name means to every runtime.
+        // Every runtime completes a short name like this.
         let image = format!("docker.io/library/{image}");
         self.node.import(&archive, &image).await?;
         Ok(image)
@@ -308,7 +411,7 @@ fn container_of(manifest: &DaemonSet) -> Result<&Container> {
         .context("no container")
 }
 
-/// The pod that a kubelet would make of it on this node.
+/// The pod that a kubelet would run for the manifest on this node.
 fn pod_of(manifest: &DaemonSet, image: &str) -> Result<PodSpec> {
     let template = &manifest.spec.as_ref().context("no spec")?.template;
     let spec = template.spec.as_ref().context("no pod")?;
@@ -319,6 +422,8 @@ fn pod_of(manifest: &DaemonSet, image: &str) -> Result<PodSpec> {
     let metadata = template.metadata.as_ref().context("no metadata")?;
     pod.annotations
         .extend(metadata.annotations.clone().unwrap_or_default());
+    pod.labels
+        .extend(metadata.labels.clone().unwrap_or_default());
 
     let from = container_of(manifest)?;
     let mut container = ContainerSpec::new(&from.name, image);
@@ -347,7 +452,7 @@ fn pod_of(manifest: &DaemonSet, image: &str) -> Result<PodSpec> {
         .security_context
         .as_ref()
         .context("no security context")?;
-    // AppArmor and SELinux are not told: the trial is no proof of what they would do.
+    // AppArmor and SELinux are left out: the trial proves nothing about them.
     let capabilities = security.capabilities.clone().unwrap_or_default();
     let seccomp = security.seccomp_profile.as_ref();
     container.security = Security {
@@ -373,10 +478,14 @@ fn value(env: &EnvVar) -> Result<&str> {
     }
 }
 
-/// What the agent's container is charged with at rest is what the manifest requests, at most: the agent's own memory, and
-/// the kernel's for its BPF maps. Added up from what the kernel tells of both, since not every machine has the memory
-/// controller in cgroup v2. Pages of the binary are given back when they are needed.
-async fn has_room(scene: &Alone, daemonset: &DaemonSet, agent: &Pod) -> Result<()> {
+/// Requires that the idle agent uses no more memory than the manifest requests: its anonymous memory and its BPF maps.
+/// Read from /proc, because not every machine has the memory controller in cgroup v2. Pages of the binary do not count,
+/// because the kernel reclaims them when it needs them.
+async fn fits_in_memory(
+    scene: &ExclusiveScene,
+    daemonset: &DaemonSet,
+    agent: &StartedPod,
+) -> Result<()> {
     let pid = scene.node.kubelet()?.pid(&agent.containers[0]).await?;
     let resources = container_of(daemonset)?.resources.as_ref();
     let requests = resources.and_then(|r| r.requests.as_ref());
@@ -412,7 +521,7 @@ fn field(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// A directory of the node, made if the volume says so.
+/// A directory of the node, created if the volume says so.
 fn host_path(volume: &Volume) -> Result<PathBuf> {
     let host = volume.host_path.as_ref().context("no host path")?;
     if host.type_.as_deref() == Some("DirectoryOrCreate") {
@@ -421,7 +530,7 @@ fn host_path(volume: &Volume) -> Result<PathBuf> {
     Ok(PathBuf::from(&host.path))
 }
 
-/// What its containers have logged.
-fn logs(pod: &Pod) -> String {
+/// The logs of the pod's containers.
+fn logs(pod: &StartedPod) -> String {
     pod.containers.iter().map(|c| pod.log(&c.name)).collect()
 }

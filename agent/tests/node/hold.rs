@@ -1,13 +1,15 @@
-//! StopContainer through the proxy: held until the pod has drained, and then passed on.
+//! StopContainer through the proxy: held until the pod has drained, and then forwarded.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::report::{Phase, ReleaseReason, Report},
+use ebb_core::{
+    drain_report::{Phase, ReleaseReason, Report},
     flow::FlowState,
 };
-use ebb_node::kubelet::{Container, ContainerSpec, Kubelet, Pod, PodSpec, Stop};
+use ebb_testkit::kubelet::{
+    ContainerSpec, Kubelet, PodSpec, PodStop, StartedContainer, StartedPod,
+};
 use libtest_mimic::Trial;
 use tokio::{task::JoinHandle, time::sleep};
 
@@ -20,27 +22,27 @@ use crate::{
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "a_stop_waits_for_the_last_flow_and_passes_on_what_is_left_of_its_timeout",
+            "a_stop_waits_for_the_last_flow_and_is_forwarded_with_the_remaining_timeout",
             drained,
         ),
         trial(
-            "at_the_deadline_the_stop_goes_on_and_the_report_names_who_is_cut",
+            "at_the_deadline_the_stop_is_forwarded_and_the_report_names_the_cut_flow",
             deadline,
         ),
         trial(
-            "until_idle_does_not_wait_for_idle_flows_and_does_for_answers",
+            "until_idle_waits_for_answers_and_not_for_idle_flows",
             until_idle,
         ),
         trial(
-            "until_settled_waits_for_the_settle_phase_alone",
+            "until_settled_waits_only_for_the_settle_phase",
             until_settled,
         ),
         trial(
-            "idle_flows_are_closed_for_a_pod_that_asks_and_answers_are_waited_for",
+            "with_idle_flows_close_ebb_closes_idle_flows_and_waits_for_answers",
             idle_flows_closed,
         ),
         trial(
-            "with_extend_a_pod_that_asks_is_held_beyond_its_grace_period",
+            "with_extend_a_longer_max_hold_holds_a_pod_beyond_its_grace_period",
             extended,
         ),
         trial(
@@ -48,17 +50,17 @@ pub(crate) fn trials() -> Vec<Trial> {
             not_extended,
         ),
         trial(
-            "a_sandbox_whose_pod_never_drains_is_answered_before_its_caller_leaves",
+            "the_stop_of_a_sandbox_that_never_drains_is_answered_before_its_rpc_deadline",
             sandbox_in_time,
         ),
         trial(
-            "an_extended_hold_is_answered_before_its_caller_leaves",
+            "an_extended_hold_is_answered_before_its_rpc_deadline",
             extended_in_time,
         ),
         trial("ebb_release_ends_a_hold_at_once", manual),
         trial("flows_on_ignored_ports_do_not_hold", ignored_port),
         trial(
-            "connections_that_are_reset_hold_no_longer_queued_or_not",
+            "accepted_and_queued_connections_stop_holding_when_they_are_reset",
             resets,
         ),
         trial(
@@ -66,18 +68,18 @@ pub(crate) fn trials() -> Vec<Trial> {
             sandbox_waits,
         ),
         trial(
-            "a_pod_that_dies_while_it_is_held_is_released_at_once",
-            dies_while_held,
+            "a_pod_that_crashes_while_it_is_held_is_released_at_once",
+            crashes_while_held,
         ),
         trial(
-            "a_container_that_dies_while_it_is_held_is_released_and_the_other_is_held_on",
-            one_dies_while_held,
+            "when_a_held_container_crashes_it_is_released_and_the_other_stays_held",
+            one_crashes_while_held,
         ),
     ]
 }
 
-/// Begins to end a pod, in the background.
-pub(crate) fn stop(kubelet: Kubelet, pod: &Pod, grace: Duration) -> JoinHandle<Stop> {
+/// Stops a pod in the background, as a kubelet does.
+pub(crate) fn stop(kubelet: Kubelet, pod: &StartedPod, grace: Duration) -> JoinHandle<PodStop> {
     let pod = pod.clone();
     tokio::spawn(async move { kubelet.stop(&pod, grace).await })
 }
@@ -85,7 +87,7 @@ pub(crate) fn stop(kubelet: Kubelet, pod: &Pod, grace: Duration) -> JoinHandle<S
 async fn drained(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--quiet", "500ms"]).await?;
     let proxy = scene.proxy(&agent).await?;
-    // Two containers that are stopped together are a pod's end, without any flag.
+    // Two containers that are stopped together show that the pod ends, without any flag.
     let spec = PodSpec::new("held")
         .container(server("app", 8080))
         .container(server("side", 8081));
@@ -102,7 +104,7 @@ async fn drained(scene: Scene) -> Result<()> {
     drop(slow);
     sleep(SECOND).await;
     ensure!(!stopping.is_finished(), "released with a flow open");
-    // Held is held: the containers know nothing yet.
+    // The containers have not been stopped.
     let kubelet = scene.kubelet()?;
     for container in &pod.containers {
         let state = kubelet.status(container).await?.state();
@@ -143,7 +145,7 @@ async fn drained(scene: Scene) -> Result<()> {
     ensure!(report.changes.len() >= 3, "{report:?}");
     let last = report.changes.last().map(|c| (c.phase, c.flows.total()));
     ensure!(last == Some((Phase::Released, 0)), "{report:?}");
-    // What the runtime was told is what was left.
+    // The runtime gets the timeout that is left.
     let held = report.held_ms.div_ceil(1000);
     for container in &pod.containers {
         let timeouts = scene.stop_timeouts(&container.id)?;
@@ -161,9 +163,8 @@ async fn drained(scene: Scene) -> Result<()> {
 async fn deadline(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--hold-unknown", "--quiet", "500ms"]).await?;
     let proxy = scene.proxy(&agent).await?;
-    // Deaf to the stop signal: it runs until the runtime kills it, which must not be later than without
-    // a hold.
-    let app = ContainerSpec::fixture("app", &["serve", "--port", "8080", "--deaf"]);
+    // The container ignores the stop signal. The runtime must kill it no later than without a hold.
+    let app = ContainerSpec::fixture("app", &["serve", "--port", "8080", "--no-signal-handlers"]);
     let grace = 6 * SECOND;
     let pod = scene
         .run(PodSpec::new("never").grace(grace).container(app))
@@ -173,7 +174,7 @@ async fn deadline(scene: Scene) -> Result<()> {
     ensure!(stop.error().is_none(), "{stop:?}");
     let report = agent.drain("never").await?;
     ensure!(report.reason == Some(ReleaseReason::Deadline), "{report:?}");
-    // A third of so short a grace period is the application's own.
+    // The reserve is a third of so short a grace period.
     ensure!((3000..4000).contains(&report.deadline_ms), "{report:?}");
     ensure!((3000..5000).contains(&report.held_ms), "{report:?}");
     ensure!(
@@ -194,21 +195,27 @@ async fn deadline(scene: Scene) -> Result<()> {
     ensure!(timeouts == [2], "{timeouts:?}");
     let ended = scene.kubelet()?.status(&pod.containers[0]).await?;
     ensure!(ended.exit_code == 137, "{ended:?}");
-    let told = [
-        ("ebb_drains_total{reason=\"deadline\"}", 1),
-        ("ebb_flows_cut_total", 1),
+    let metrics = [
+        (
+            "ebb_drains_total{namespace=\"default\",workload=\"none\",reason=\"deadline\"}",
+            1,
+        ),
+        (
+            "ebb_flows_cut_total{namespace=\"default\",workload=\"none\"}",
+            1,
+        ),
         ("ebb_drains_active", 0),
         ("ebb_kernel_losses_total{kind=\"event\"}", 0),
     ];
-    for (metric, value) in told {
-        let told = agent.metric(metric).await?;
-        ensure!(told == value, "{metric} is {told}");
+    for (metric, value) in metrics {
+        let counted = agent.metric(metric).await?;
+        ensure!(counted == value, "{metric} is {counted}");
     }
     Ok(())
 }
 
-/// Stops a pod of 5 s of grace whose `max-hold` is 20 s, in the middle of an answer that takes 12 s; the caller
-/// waits for 60 s.
+/// Stops a pod in the middle of an answer that takes 12 s. Its grace period is 5 s and its `max-hold` 20 s; the RPC
+/// deadline is 60 s.
 async fn stopped_in_a_long_answer(
     scene: &Scene,
     name: &str,
@@ -233,7 +240,7 @@ async fn stopped_in_a_long_answer(
     request.set_timeout(60 * SECOND);
     let mut runtime = scene.kubelet_at(&proxy)?.runtime();
     let stopping = tokio::spawn(async move { runtime.stop_container(request).await });
-    // A reset is the end of an answer, too.
+    // A reset ends an answer too.
     let answered = peer.read_to_end().await.unwrap_or(0);
     drop(peer);
     stopping.await??;
@@ -251,7 +258,7 @@ async fn extended(scene: Scene) -> Result<()> {
         report.held_ms > 5_000 && report.cut_total == Some(0),
         "{report:?}"
     );
-    // A third of the grace period, rounded up.
+    // The reserve: a third of the grace period, rounded up.
     ensure!(timeouts == [2], "{timeouts:?}");
     Ok(())
 }
@@ -265,9 +272,9 @@ async fn not_extended(scene: Scene) -> Result<()> {
     Ok(())
 }
 
-/// A pod whose flow never ends, and whose container does not heed its stop signal.
-async fn never_drained(scene: &Scene, spec: PodSpec) -> Result<(Pod, Peer)> {
-    let app = ContainerSpec::fixture("app", &["serve", "--port", "8080", "--deaf"]);
+/// Runs a pod whose flow never ends, and whose container ignores its stop signal.
+async fn never_drained(scene: &Scene, spec: PodSpec) -> Result<(StartedPod, Peer)> {
+    let app = ContainerSpec::fixture("app", &["serve", "--port", "8080", "--no-signal-handlers"]);
     let pod = scene.run(spec.container(app)).await?;
     let peer = Peer::asking(pod.v4(8080)?, "/slow?ms=60000").await?;
     Ok((pod, peer))
@@ -276,18 +283,18 @@ async fn never_drained(scene: &Scene, spec: PodSpec) -> Result<(Pod, Peer)> {
 async fn sandbox_in_time(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--quiet", "300ms"]).await?;
     let proxy = scene.proxy(&agent).await?;
-    // The usual reserve would leave nothing of so little patience.
+    // The default reserve would leave nothing of so short an RPC deadline.
     let spec = PodSpec::new("sandbox-late").annotation("ebb.dev/reserve", "1s");
     let (pod, _peer) = never_drained(&scene, spec).await?;
-    let patience = 6 * SECOND;
+    let rpc_deadline = 6 * SECOND;
     let mut request = tonic::Request::new(k8s_cri::v1::StopPodSandboxRequest {
         pod_sandbox_id: pod.sandbox_id.clone(),
     });
-    request.set_timeout(patience);
+    request.set_timeout(rpc_deadline);
     let mut runtime = scene.kubelet_at(&proxy)?.runtime();
     let (stopped, took) = timed(runtime.stop_pod_sandbox(request)).await;
     stopped?;
-    ensure!(took > 5 * SECOND / 2 && took < patience, "{took:?}");
+    ensure!(took > 5 * SECOND / 2 && took < rpc_deadline, "{took:?}");
     let report = agent.drain("sandbox-late").await?;
     ensure!(report.reason == Some(ReleaseReason::Deadline), "{report:?}");
     ensure!(report.cut_total == Some(1), "{report:?}");
@@ -301,19 +308,19 @@ async fn extended_in_time(scene: Scene) -> Result<()> {
     let proxy = scene.proxy(&agent).await?;
     let spec = PodSpec::new("extended-late").annotation("ebb.dev/max-hold", "60s");
     let (pod, _peer) = never_drained(&scene, spec.grace(5 * SECOND)).await?;
-    let patience = 12 * SECOND;
+    let rpc_deadline = 12 * SECOND;
     let mut request = tonic::Request::new(k8s_cri::v1::StopContainerRequest {
         container_id: pod.containers[0].id.clone(),
         timeout: 5,
     });
-    request.set_timeout(patience);
+    request.set_timeout(rpc_deadline);
     let mut runtime = scene.kubelet_at(&proxy)?.runtime();
     let (stopped, took) = timed(runtime.stop_container(request)).await;
     stopped?;
-    ensure!(took > 8 * SECOND && took < patience, "{took:?}");
+    ensure!(took > 8 * SECOND && took < rpc_deadline, "{took:?}");
     let report = agent.drain("extended-late").await?;
     ensure!(report.reason == Some(ReleaseReason::Deadline), "{report:?}");
-    // Longer than the grace period, and a third of that is the application's.
+    // Longer than the grace period, and less than the RPC deadline by a margin and the reserve, a third of that period.
     ensure!((8_000..9_000).contains(&report.held_ms), "{report:?}");
     let timeouts = scene.stop_timeouts(&pod.containers[0].id)?;
     ensure!(timeouts == [2], "{timeouts:?}");
@@ -330,7 +337,7 @@ async fn until_idle(scene: Scene) -> Result<()> {
         .container(server("app", 8080));
     let pod = scene.run(spec).await?;
     let idle = Peer::served(pod.v4(8080)?).await?;
-    let asked = Instant::now();
+    let requested = Instant::now();
     let mut asking = Peer::asking(pod.v4(8080)?, "/slow?ms=5000").await?;
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
     agent.until_draining("idle").await?;
@@ -338,16 +345,16 @@ async fn until_idle(scene: Scene) -> Result<()> {
         .answer("slow\n")
         .await
         .context("cut off before the answer")?;
-    ensure!(asked.elapsed() >= 5 * SECOND);
+    ensure!(requested.elapsed() >= 5 * SECOND);
     let stop = stopping.await?;
     ensure!(stop.error().is_none(), "{stop:?}");
-    // The kernel's times are those of its jiffies, some milliseconds apart.
+    // The kernel's times are in jiffies, some milliseconds apart.
     let idle_from = Duration::from_millis(5_950);
-    ensure!(asked.elapsed() >= idle_from, "not idle for long enough");
+    ensure!(requested.elapsed() >= idle_from, "not idle for long enough");
     let report = agent.drain("idle").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!(report.held_ms < 12_000, "{report:?}");
-    // Both are still open, and are cut, idle.
+    // Both flows are still open, and are cut while they are idle.
     ensure!(
         report.cut_total == Some(2) && report.ended == Some(0),
         "{report:?}"
@@ -394,7 +401,7 @@ async fn idle_flows_closed(scene: Scene) -> Result<()> {
     let mut asking = Peer::asking(pod.v4(8080)?, "/slow?ms=4000").await?;
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
     agent.until_draining("closer").await?;
-    // A good end, and none in the middle of an answer.
+    // The idle flow is closed without a reset, and the other is not closed in the middle of its answer.
     ensure!(idle.read_to_end().await? == 0);
     ensure!(!stopping.is_finished(), "released before the answer");
     asking
@@ -423,7 +430,12 @@ async fn manual(scene: Scene) -> Result<()> {
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
     agent.until_draining("manual").await?;
     let released = Instant::now();
-    agent.query(&["release", "default/manual"]).await?;
+    let said = agent.query(&["release", "default/manual"]).await?;
+    ensure!(
+        said.starts_with("default/manual: released after ")
+            && said.contains("1 connection is still open"),
+        "{said}"
+    );
     let stop = stopping.await?;
     ensure!(stop.error().is_none(), "{stop:?}");
     ensure!(released.elapsed() < 5 * SECOND, "{:?}", released.elapsed());
@@ -496,7 +508,7 @@ async fn sandbox_waits(scene: Scene) -> Result<()> {
         async move { kubelet.stop_container(&app, 30 * SECOND).await }
     });
     agent.until_draining("sandbox").await?;
-    // As when the kubelet takes the StopContainer for failed: what would kill the pod has to wait too.
+    // As if StopContainer had failed for the kubelet: StopPodSandbox would kill the pod, so it has to wait too.
     let sandbox = tokio::spawn({
         let pod = pod.clone();
         async move { kubelet.stop_sandbox(&pod).await }
@@ -512,7 +524,7 @@ async fn sandbox_waits(scene: Scene) -> Result<()> {
 }
 
 /// Kills the first process of a container, as a crash would.
-pub(crate) async fn crash(scene: &Scene, container: &Container) -> Result<()> {
+pub(crate) async fn crash(scene: &Scene, container: &StartedContainer) -> Result<()> {
     let pid = scene.kubelet()?.pid(container).await?;
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).context("no pid")?;
     Ok(rustix::process::kill_process(
@@ -521,8 +533,8 @@ pub(crate) async fn crash(scene: &Scene, container: &Container) -> Result<()> {
     )?)
 }
 
-async fn dies_while_held(scene: Scene) -> Result<()> {
-    // Settle alone would take longer than the release may.
+async fn crashes_while_held(scene: Scene) -> Result<()> {
+    // The settle phase alone would take longer than the release may take.
     let agent = scene.agent(&["--hold-unknown", "--quiet", "10s"]).await?;
     let proxy = scene.proxy(&agent).await?;
     let pod = scene.serve("crash").await?;
@@ -537,12 +549,12 @@ async fn dies_while_held(scene: Scene) -> Result<()> {
     ensure!(crashed.elapsed() < 6 * SECOND, "{:?}", crashed.elapsed());
     let stops = agent.explain("crash").await?.stops;
     let why: Vec<_> = stops.iter().map(|s| s.reason.as_deref()).collect();
-    // The sandbox is not held for the sake of a drain in which nothing runs and nothing is open.
+    // StopPodSandbox is not held, because no container runs and no flow is open.
     ensure!(why == [Some("nothing-runs"), Some("exited")], "{stops:?}");
     Ok(())
 }
 
-async fn one_dies_while_held(scene: Scene) -> Result<()> {
+async fn one_crashes_while_held(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--quiet", "10s"]).await?;
     let proxy = scene.proxy(&agent).await?;
     let spec = PodSpec::new("one-dies")
@@ -551,7 +563,7 @@ async fn one_dies_while_held(scene: Scene) -> Result<()> {
     let pod = scene.run(spec).await?;
     let peer = Peer::served(pod.v4(8081)?).await?;
     let kubelet = scene.kubelet_at(&proxy)?;
-    let call = |container: &Container| {
+    let call = |container: &StartedContainer| {
         let (kubelet, container) = (kubelet.clone(), container.clone());
         tokio::spawn(async move { kubelet.stop_container(&container, 60 * SECOND).await })
     };
@@ -573,7 +585,7 @@ async fn one_dies_while_held(scene: Scene) -> Result<()> {
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     let stops = agent.explain("one-dies").await?.stops;
     let app = stops.iter().find(|s| s.container.as_deref() == Some("app"));
-    let app = app.context("it is not remembered")?;
+    let app = app.context("the stop is not listed")?;
     ensure!(
         app.held && app.reason.as_deref() == Some("exited"),
         "{app:?}"

@@ -1,55 +1,68 @@
 //! ebb on a real node: real BPF programs in the running kernel, a real containerd with real containers,
-//! real servers and clients, and `ebb` as its users have it, by its command line.
+//! real servers and clients, and `ebb` run by its command line, as users run it.
 //!
-//! All trials share one node ([`ebb_node::sandbox`]), which vanishes with the process. Each has agents,
-//! proxies and pods of its own, so they run side by side; most of their time is waiting.
+//! All trials share one node ([`ebb_testkit::sandbox`]), which is gone when the process ends. Each starts its own
+//! agents, proxies and pods, so trials run in parallel; they spend most of their time waiting.
 //!
 //! Needs root, and fails without it.
 
-mod again;
+mod advise;
 mod agent;
 mod daemonset;
 mod doctor;
-mod gone;
+mod hand_over;
 mod hold;
+mod images;
 mod kube;
+mod kube_events;
 mod kube_faults;
-mod kube_telling;
-mod life;
+mod lifecycle;
+mod lists;
 mod lookups;
+mod node_shutdown;
+mod not_held;
+mod notify;
+mod observe;
 mod off_node;
-mod pass;
 mod peer;
+mod pod_gone;
 mod pods;
 mod probe;
 mod proc_net;
 mod refuse;
+mod repeated_stop;
 mod runtime;
+mod sandbox_recreated;
 mod scene;
+mod schema;
+mod settings;
 mod settle;
 mod sidecar;
 mod state;
+mod telemetry;
 mod top;
+mod traces;
 mod track;
 mod upgrade;
+mod verbs;
 mod wait;
 mod wait_limits;
 mod wait_port;
 
 use std::process::ExitCode;
 
-use ebb_node::{helpers, sandbox};
+use ebb_testkit::{helpers, sandbox};
 use libtest_mimic::{Arguments, Trial};
 
-/// Trials wait more than they work.
-const SIDE_BY_SIDE: usize = 8;
+/// More than there are cores, because trials mostly wait.
+const PARALLEL_TRIALS: usize = 8;
 
 fn main() -> ExitCode {
     if let Some(code) = helpers::dispatch() {
         return code;
     }
     let mut arguments = Arguments::from_args();
-    arguments.test_threads.get_or_insert(SIDE_BY_SIDE);
+    arguments.test_threads.get_or_insert(PARALLEL_TRIALS);
     if arguments.list {
         return libtest_mimic::run(&arguments, trials()).exit_code();
     }
@@ -58,31 +71,43 @@ fn main() -> ExitCode {
 }
 
 fn trials() -> Vec<Trial> {
-    // The longest first; the one that needs the node for itself last.
+    // The longest first; the one that stops containerd last.
     let subjects = [
         daemonset::trials(),
-        life::trials(),
+        lifecycle::trials(),
         hold::trials(),
+        images::trials(),
         kube_faults::trials(),
         kube::trials(),
-        kube_telling::trials(),
-        again::trials(),
-        gone::trials(),
+        kube_events::trials(),
+        repeated_stop::trials(),
+        pod_gone::trials(),
+        notify::trials(),
+        verbs::trials(),
+        advise::trials(),
+        observe::trials(),
         sidecar::trials(),
+        settings::trials(),
         settle::trials(),
         probe::trials(),
         wait::trials(),
+        lists::trials(),
         lookups::trials(),
         state::trials(),
+        telemetry::trials(),
         top::trials(),
+        traces::trials(),
         track::trials(),
         upgrade::trials(),
-        pass::trials(),
+        node_shutdown::trials(),
+        not_held::trials(),
         doctor::trials(),
         pods::trials(),
         refuse::trials(),
+        hand_over::trials(),
         wait_limits::trials(),
         wait_port::trials(),
+        sandbox_recreated::trials(),
         runtime::trials(),
     ];
     subjects.into_iter().flatten().collect()

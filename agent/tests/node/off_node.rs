@@ -1,4 +1,4 @@
-//! A caller that is on no node of ours: a network namespace on a veth pair, beside the pods' network.
+//! A caller outside the node: a network namespace on a veth pair, apart from the pods' network.
 
 use std::{
     io::{Read as _, Write as _},
@@ -7,24 +7,25 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
-use ebb::kernel::Netns;
+use anyhow::{Context as _, Result};
+use ebb::linux::netns::Netns;
+use ebb_testkit::namespace::ip;
 
 /// The node's address on this link.
-pub(crate) const NEAR: &str = "10.99.0.1";
-const FAR: &str = "10.99.0.2";
+pub(crate) const NODE_ADDRESS: &str = "10.99.0.1";
+const CALLER_ADDRESS: &str = "10.99.0.2";
 
 /// How long an answer may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// A namespace with a way to the node, which goes with the process in it.
+/// A namespace with a route to the node. The kernel removes it when its process ends.
 pub(crate) struct OffNode {
     process: Child,
-    within: Netns,
+    netns: Netns,
 }
 
 impl OffNode {
-    /// Makes one. Trials that do have the node for themselves.
+    /// The link's name is fixed, so a trial that calls this must have the node to itself.
     pub(crate) fn new() -> Result<Self> {
         let process = Command::new("unshare")
             .args(["--net", "sleep", "600"])
@@ -33,32 +34,32 @@ impl OffNode {
             .context("making a namespace")?;
         let pid = process.id();
         let own = std::fs::read_link("/proc/self/ns/net")?;
-        // It is there before it is in the namespace.
+        // The process exists before it enters its namespace.
         while std::fs::read_link(format!("/proc/{pid}/ns/net"))? == own {
             std::thread::sleep(Duration::from_millis(5));
         }
         let off = Self {
             process,
-            within: Netns::of_process(pid)?,
+            netns: Netns::of_process(pid)?,
         };
         ip(&format!(
             "link add far type veth peer name eth0 netns {pid}"
         ))?;
-        ip(&format!("addr add {NEAR}/24 dev far"))?;
+        ip(&format!("addr add {NODE_ADDRESS}/24 dev far"))?;
         ip("link set far up")?;
-        let inside = off.within.run(|| {
+        let inside = off.netns.run(|| {
             let done = ip("link set eth0 up")
-                .and_then(|()| ip(&format!("addr add {FAR}/24 dev eth0")))
-                .and_then(|()| ip(&format!("route add default via {NEAR}")));
+                .and_then(|()| ip(&format!("addr add {CALLER_ADDRESS}/24 dev eth0")))
+                .and_then(|()| ip(&format!("route add default via {NODE_ADDRESS}")));
             Ok(done)
         });
         inside??;
         Ok(off)
     }
 
-    /// What is answered to a GET from there.
+    /// Sends a GET from the namespace, and returns the raw answer.
     pub(crate) fn get(&self, at: SocketAddr, path: &str) -> Result<String> {
-        let asked = self.within.run(|| {
+        let answer = self.netns.run(|| {
             let mut stream = TcpStream::connect_timeout(&at, ANSWER_WITHIN)?;
             stream.set_read_timeout(Some(ANSWER_WITHIN))?;
             write!(stream, "GET {path} HTTP/1.1\r\nHost: far\r\n\r\n")?;
@@ -66,21 +67,14 @@ impl OffNode {
             stream.read_to_string(&mut answer)?;
             Ok(answer)
         });
-        asked.with_context(|| format!("no answer from {at}"))
+        answer.with_context(|| format!("no answer from {at}"))
     }
 }
 
 impl Drop for OffNode {
     fn drop(&mut self) {
-        // The link goes with the namespace.
+        // The kernel removes the link with the namespace.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn ip(arguments: &str) -> Result<()> {
-    let out = Command::new("ip").args(arguments.split(' ')).output()?;
-    let error = String::from_utf8_lossy(&out.stderr);
-    ensure!(out.status.success(), "ip {arguments}: {}", error.trim());
-    Ok(())
 }

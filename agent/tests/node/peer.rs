@@ -1,4 +1,4 @@
-//! A client that does exactly as much as it is told.
+//! An HTTP client that the trial controls step by step.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -20,7 +20,6 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// Connects.
     pub(crate) async fn connect(server: SocketAddr) -> Result<Self> {
         Self::of(TcpStream::connect(server).await?)
     }
@@ -32,7 +31,7 @@ impl Peer {
         Self::of(socket.connect(server).await?)
     }
 
-    /// Connects and gets one whole answer, so that the connection is kept alive and nothing is under way.
+    /// Connects, sends a request and reads the whole answer. The connection stays open.
     pub(crate) async fn served(server: SocketAddr) -> Result<Self> {
         let mut peer = Self::connect(server).await?;
         peer.ask("/").await?;
@@ -52,22 +51,22 @@ impl Peer {
         Ok(Self { stream, address })
     }
 
-    /// Sends a GET.
     pub(crate) async fn ask(&mut self, path: &str) -> Result<()> {
         self.send(&format!("GET {path} HTTP/1.1\r\n\r\n")).await
     }
 
-    /// Sends a GET after whose answer the server shall close.
+    /// Sends a GET with `Connection: close`.
     pub(crate) async fn ask_and_close(&mut self, path: &str) -> Result<()> {
         self.send(&format!("GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n"))
             .await
     }
 
-    async fn send(&mut self, text: &str) -> Result<()> {
+    /// Sends this text as it is.
+    pub(crate) async fn send(&mut self, text: &str) -> Result<()> {
         Ok(self.stream.write_all(text.as_bytes()).await?)
     }
 
-    /// Reads an answer that ends so.
+    /// Reads until the answer ends with `end`.
     pub(crate) async fn answer(&mut self, end: &str) -> Result<()> {
         let mut got = Vec::new();
         while !got.ends_with(end.as_bytes()) {
@@ -79,7 +78,7 @@ impl Peer {
         Ok(())
     }
 
-    /// Reads to the end of the connection, which must be a good one, and says how much came.
+    /// Reads until the server closes, and returns the number of bytes. A reset is an error.
     pub(crate) async fn read_to_end(&mut self) -> Result<usize> {
         let mut got = Vec::new();
         let read = timeout(SOON * 2, self.stream.read_to_end(&mut got)).await;
@@ -97,8 +96,8 @@ impl Peer {
         Ok(rustix::net::sockopt::set_socket_linger(&self.stream, now)?)
     }
 
-    /// Reads all that comes until the peer is dropped, as clients do.
-    pub(crate) fn keep_reading(self) -> Reading {
+    /// Reads in the background until the peer is dropped.
+    pub(crate) fn keep_reading(self) -> ReadingPeer {
         let Self {
             mut stream,
             address,
@@ -107,31 +106,29 @@ impl Peer {
             let mut part = [0; 4096];
             while stream.read(&mut part).await.is_ok_and(|n| n > 0) {}
         });
-        Reading { address, task }
+        ReadingPeer { address, task }
     }
 }
 
-/// A peer that reads.
-pub(crate) struct Reading {
-    /// Its own end.
+/// A peer that reads in the background.
+pub(crate) struct ReadingPeer {
     pub(crate) address: SocketAddr,
     task: JoinHandle<()>,
 }
 
-impl Drop for Reading {
+impl Drop for ReadingPeer {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-/// A server of the node that accepts, and never says anything.
-pub(crate) struct Silent {
-    /// Its port.
+/// A server on the node that accepts connections and never answers.
+pub(crate) struct SilentServer {
     pub(crate) port: u16,
     task: JoinHandle<()>,
 }
 
-impl Silent {
+impl SilentServer {
     /// Listens on all addresses of both families.
     pub(crate) async fn listen() -> Result<Self> {
         let listener = TcpListener::bind("[::]:0").await?;
@@ -146,7 +143,7 @@ impl Silent {
     }
 }
 
-impl Drop for Silent {
+impl Drop for SilentServer {
     fn drop(&mut self) {
         self.task.abort();
     }

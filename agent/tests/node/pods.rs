@@ -1,8 +1,9 @@
-//! Which pods there are, and what they ask for.
+//! The list of pods, and their annotations.
 
 use anyhow::{Result, ensure};
-use ebb::{drain::report::ReleaseReason, report::view::Network};
-use ebb_node::kubelet::PodSpec;
+use ebb_core::drain_report::ReleaseReason;
+use ebb_protocol::views::Network;
+use ebb_testkit::kubelet::PodSpec;
 use libtest_mimic::Trial;
 
 use crate::{
@@ -13,14 +14,14 @@ use crate::{
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "bad_annotations_are_named_and_the_defaults_hold",
+            "bad_annotations_are_named_and_the_defaults_apply",
             bad_annotations,
         ),
         trial(
-            "a_pod_that_comes_again_under_its_name_is_another_one",
+            "a_new_pod_with_the_name_of_an_old_one_is_a_different_pod",
             replaced,
         ),
-        trial("pods_are_listed_as_the_runtime_has_them", listed),
+        trial("pods_are_listed_as_the_runtime_lists_them", listed),
     ]
 }
 
@@ -85,7 +86,7 @@ async fn replaced(scene: Scene) -> Result<()> {
     let out = agent.verb(&["flows", "again"]).await?;
     ensure!(out.status.code() == Some(10), "{out:?}");
 
-    // The old one's sandbox is still there for a while, as with a kubelet.
+    // The old sandbox still exists, because a kubelet removes it later.
     let new = scene.serve("again").await?;
     let peer = Peer::served(new.v4(8080)?).await?;
     let view = agent.pod("again").await?;
@@ -99,7 +100,7 @@ async fn replaced(scene: Scene) -> Result<()> {
     kubelet.remove(&old).await?;
     ensure!(agent.flows("again").await?.len() == 1);
 
-    // It has a drain of its own: the old one's is over and has no say in it.
+    // The new pod gets a drain of its own, because the old pod's is over.
     let stopping = crate::hold::stop(kubelet, &new, 10 * SECOND);
     let begun = agent.until_draining("again").await?;
     ensure!(begun.pod.uid.as_str() == new.spec.uid, "{begun:?}");
@@ -146,7 +147,7 @@ async fn listed(scene: Scene) -> Result<()> {
     let view = agent.pod("listed-host").await?;
     ensure!(view.network == Network::Host, "{view:?}");
 
-    // A container that died is told from one that runs.
+    // A container that has exited is shown as not running.
     let kubelet = scene.kubelet()?;
     kubelet
         .stop_container(pod.container("side")?, 2 * SECOND)

@@ -1,13 +1,13 @@
-//! The kubelet's probes: they hold nothing and prolong nothing. The same from any other cgroup does both.
+//! The kubelet's probes neither hold a pod nor prolong its settle phase. The same requests from another cgroup do.
 
 use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::report::{ReleaseReason, Report},
+use ebb_core::{
+    drain_report::{ReleaseReason, Report},
     flow::Exempt,
 };
-use ebb_node::helpers;
+use ebb_testkit::helpers;
 use libtest_mimic::Trial;
 use tokio::process::{Child, Command};
 
@@ -16,20 +16,20 @@ use crate::scene::{KUBELET, NODE_V4, SECOND, Scene, eventually, trial};
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "a_pod_that_the_kubelet_probes_settles_and_drains_as_if_it_did_not",
-            of_the_kubelet,
+            "the_kubelets_probes_prolong_neither_the_settle_phase_nor_the_drain",
+            from_the_kubelet,
         ),
         trial(
-            "a_pod_that_somebody_else_probes_settles_at_the_maximum",
-            of_somebody_else,
+            "requests_from_another_cgroup_prolong_the_settle_phase_to_its_maximum",
+            from_another_cgroup,
         ),
-        trial("flows_shows_a_probe_for_what_it_is", shown),
+        trial("ebb_flows_shows_that_a_probe_does_not_hold", shown),
     ]
 }
 
 const SETTLE_MAX: Duration = Duration::from_secs(8);
 
-/// Somebody who gets a URL again and again, each time on a new connection.
+/// A process that sends GETs to a URL, each on a new connection.
 struct Prober {
     _child: Child,
     answers: PathBuf,
@@ -40,7 +40,7 @@ impl Prober {
     fn start(scene: &Scene, cgroup: &str, url: &str) -> Result<Self> {
         const PROBE: &str = r#"echo 0 > "$1/cgroup.procs" || exit 1
             while :; do "$2" get "$3" >> "$4"; sleep 0.5; done"#;
-        let cgroup = scene.node.place().cgroup(cgroup);
+        let cgroup = scene.node.paths().cgroup(cgroup);
         fs::create_dir_all(&cgroup)?;
         let directory = scene.directory("prober")?;
         let (get, answers) = (directory.join(helpers::FIXTURE), directory.join("answers"));
@@ -56,17 +56,19 @@ impl Prober {
         })
     }
 
-    /// How many answers it has had.
+    /// The number of answers so far.
     fn served(&self) -> Result<usize> {
         Ok(fs::read_to_string(&self.answers)?.lines().count())
     }
 }
 
-/// Stops a pod that is probed from this cgroup twice a second; returns the report and how many probes were answered
-/// meanwhile.
+/// Stops a pod while a process in this cgroup probes it twice a second. Returns the report and the number of probes
+/// that were answered meanwhile.
 async fn stop_probed(scene: &Scene, name: &str, cgroup: &str) -> Result<(Report, usize)> {
     let pod = scene.serve(name).await?;
-    let prober = Prober::start(scene, cgroup, &format!("http://{}/", pod.v4(8080)?))?;
+    // Slow enough that the agent, even on a busy machine, resolves the peer before it closes.
+    let url = format!("http://{}/slow?ms=200", pod.v4(8080)?);
+    let prober = Prober::start(scene, cgroup, &url)?;
     eventually("the pod is probed", async || {
         Ok((prober.served().unwrap_or(0) > 1).then_some(()))
     })
@@ -88,7 +90,7 @@ async fn stop_probed(scene: &Scene, name: &str, cgroup: &str) -> Result<(Report,
     Ok((agent.drain(name).await?, probes))
 }
 
-async fn of_the_kubelet(scene: Scene) -> Result<()> {
+async fn from_the_kubelet(scene: Scene) -> Result<()> {
     let (report, probes) = stop_probed(&scene, "probed", KUBELET).await?;
     ensure!(probes > 1, "only {probes} probes");
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
@@ -102,7 +104,7 @@ async fn of_the_kubelet(scene: Scene) -> Result<()> {
     Ok(())
 }
 
-async fn of_somebody_else(scene: Scene) -> Result<()> {
+async fn from_another_cgroup(scene: Scene) -> Result<()> {
     let (report, probes) = stop_probed(&scene, "watched", "no-kubelet").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
     ensure!(
@@ -115,7 +117,7 @@ async fn of_somebody_else(scene: Scene) -> Result<()> {
     ensure!(late.address.to_string() == NODE_V4, "{report:?}");
     ensure!(report.still_arriving, "{report:?}");
     ensure!(Some(late.flows) == report.arrived, "{report:?}");
-    // One may be under way at the beginning, and one at the end.
+    // One probe may be in progress at the start, and one at the end.
     ensure!(
         late.flows > 3 && probes.abs_diff(late.flows as usize) <= 2,
         "{probes} probes: {report:?}"

@@ -1,4 +1,4 @@
-//! The kernel's own table of a network namespace, by another road than ebb's: `/proc/PID/net/tcp`.
+//! The connections of a network namespace from `/proc/PID/net/tcp`, independent of ebb's own dump.
 
 use std::{
     collections::BTreeSet,
@@ -8,19 +8,19 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-// States as `/proc/net/tcp` has them (include/net/tcp_states.h).
+// States as `/proc/net/tcp` prints them (include/net/tcp_states.h).
 const ESTABLISHED: &str = "01";
 const FIN_WAIT2: &str = "05";
 const TIME_WAIT: &str = "06";
 const LISTEN: &str = "0A";
 
-/// Both ends of the established connections to a local port in the namespace of a process, with IPv4 in
-/// IPv6 as IPv4.
+/// Local and remote address of each established connection to a local port in the namespace of a process.
+/// IPv4-mapped addresses are returned as IPv4.
 pub(crate) fn established(pid: u32, port: u16) -> Result<BTreeSet<(SocketAddr, SocketAddr)>> {
     of_states(pid, port, |state| state == ESTABLISHED)
 }
 
-/// Whether nobody is connected to a local port in the namespace of a process any more.
+/// Whether no connection to a local port is left in the namespace of a process.
 pub(crate) fn is_quiet(pid: u32, port: u16) -> Result<bool> {
     let over = [FIN_WAIT2, TIME_WAIT, LISTEN];
     Ok(of_states(pid, port, |state| !over.contains(&state))?.is_empty())
@@ -48,12 +48,12 @@ fn of_states(
     Ok(found)
 }
 
-/// `0100007F:1F90`: 32-bit words in the machine's byte order, the port in the usual one (proc_net(5)).
+/// `0100007F:1F90`: the address as 32-bit words in host byte order, the port as a number (proc_net(5)).
 fn address(text: &str) -> Result<SocketAddr> {
-    let (words, port) = text.split_once(':').context("no port")?;
+    let (address, port) = text.split_once(':').context("no port")?;
     let mut bytes = Vec::new();
-    for at in (0..words.len()).step_by(8) {
-        bytes.extend(u32::from_str_radix(&words[at..at + 8], 16)?.to_ne_bytes());
+    for at in (0..address.len()).step_by(8) {
+        bytes.extend(u32::from_str_radix(&address[at..at + 8], 16)?.to_ne_bytes());
     }
     let ip = match <[u8; 4]>::try_from(bytes.as_slice()) {
         Ok(v4) => IpAddr::V4(Ipv4Addr::from(v4)),

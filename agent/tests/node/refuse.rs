@@ -1,4 +1,4 @@
-//! What can't be done is said in one line, with an exit status of its own, and leaves nothing.
+//! A command that fails prints one line, exits with a status of its own and leaves nothing behind.
 
 use std::{
     convert::Infallible,
@@ -24,59 +24,58 @@ use tokio::{
 
 use crate::{
     agent::{EBB, NODE_NAME, agent, agent_with, proxy},
-    life::{entries, pinned},
+    lifecycle::{entries, pinned},
     scene::{SOON, Scene, free_port, trial},
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
-        trial("an_agent_without_a_runtime_ends_with_5", no_runtime),
-        trial("an_agent_whose_runtime_is_none_ends_with_6", not_cri),
+        trial("an_agent_without_a_runtime_exits_with_5", no_runtime),
+        trial("an_agent_whose_runtime_is_no_cri_exits_with_6", not_cri),
         trial(
-            "an_agent_that_can_not_have_its_port_ends_with_7",
+            "an_agent_that_cannot_bind_its_port_exits_with_7",
             port_in_use,
         ),
         trial(
-            "an_agent_whose_run_directory_is_a_file_ends_with_7",
+            "an_agent_whose_run_directory_is_a_file_exits_with_7",
             run_is_a_file,
         ),
         trial(
-            "a_second_agent_ends_with_8_and_the_first_goes_on",
+            "a_second_agent_exits_with_8_and_the_first_keeps_running",
             second_agent,
         ),
         trial(
-            "an_agent_on_a_kernel_that_lacks_what_it_needs_ends_with_4",
+            "an_agent_on_an_unsupported_kernel_exits_with_4",
             lacking_kernel,
         ),
+        trial("invalid_flags_exit_with_2_and_are_named", bad_flags),
         trial(
-            "flags_that_make_no_sense_end_with_2_and_are_named",
-            bad_flags,
-        ),
-        trial(
-            "an_agent_of_a_cluster_without_a_token_says_what_to_mount",
+            "an_agent_in_a_cluster_without_a_token_says_what_to_mount",
             no_token,
         ),
-        trial("a_question_without_an_agent_ends_with_9", no_agent),
-        trial("a_question_about_an_unknown_pod_ends_with_10", unknown_pod),
-        trial("whoever_is_not_root_ends_with_3", not_root),
+        trial("a_query_without_an_agent_exits_with_9", no_agent),
+        trial("a_query_about_an_unknown_pod_exits_with_10", unknown_pod),
+        trial("a_user_other_than_root_gets_exit_status_3", not_root),
         trial(
-            "a_second_proxy_ends_with_8_and_the_first_goes_on",
+            "a_second_proxy_exits_with_8_and_the_first_keeps_running",
             second_proxy,
         ),
         trial(
-            "the_socket_of_a_proxy_that_was_killed_is_taken_over",
+            "a_new_proxy_takes_over_the_socket_of_a_killed_one",
             stale_socket,
         ),
         trial(
-            "a_proxy_whose_path_is_taken_by_a_file_ends_with_7",
+            "a_proxy_whose_socket_path_is_a_file_exits_with_7",
             path_is_a_file,
         ),
     ]
 }
 
-/// Runs a command that must end by itself with this status and one line that says all of this.
+/// Runs a command. Requires that it exits with this status and prints one line that contains all of `says`.
 async fn refused(mut command: Command, status: i32, says: &[&str]) -> Result<()> {
-    // The line alone: what was logged before it is not what a supervisor shows last.
+    let is_proxy = Path::new(command.as_std().get_program()).ends_with("ebb-cri-proxy");
+    let name = if is_proxy { "ebb-cri-proxy" } else { "ebb" };
+    // Without the log, so that the error is the only line.
     command.env("EBB_LOG", "error").kill_on_drop(true);
     let out = timeout(SOON, command.output()).await;
     let out: Output = out.context("it does not end")??;
@@ -84,17 +83,17 @@ async fn refused(mut command: Command, status: i32, says: &[&str]) -> Result<()>
     ensure!(out.status.code() == Some(status), "{}: {line}", out.status);
     ensure!(out.stdout.is_empty());
     ensure!(
-        line.starts_with("ebb: ") && line.lines().count() == 1,
+        line.starts_with(&format!("{name}: ")) && line.lines().count() == 1,
         "{line}"
     );
-    for word in says {
-        ensure!(line.contains(word), "{word:?} is not in {line}");
+    for part in says {
+        ensure!(line.contains(part), "{part:?} is not in {line}");
     }
     Ok(())
 }
 
-/// A failed start leaves its lock file at most: nothing to serve, nothing to remember, nothing pinned.
-/// What is not pinned is gone with the process.
+/// Requires that a failed start leaves at most its lock file: no socket, no journal, no pinned BPF object.
+/// The kernel frees BPF objects that are not pinned when the process exits.
 fn nothing_left(run: &Path) -> Result<()> {
     let left = entries(run)?;
     ensure!(left.is_empty() || left == ["agent.lock"], "left: {left:?}");
@@ -103,7 +102,7 @@ fn nothing_left(run: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An agent of this scene with a port of its own.
+/// The command of an agent with a port of its own.
 fn agent_of(scene: &Scene, run: &Path) -> Command {
     let mut command = agent(scene.node.socket(), run);
     command.args(["--http", &format!("127.0.0.1:{}", free_port())]);
@@ -114,7 +113,7 @@ async fn no_runtime(scene: Scene) -> Result<()> {
     let run = scene.directory("run")?;
     let nowhere = run.join("../nowhere.sock");
     refused(agent(&nowhere, &run), 5, &["nowhere.sock", "--cri-socket"]).await?;
-    // Left by a runtime that is gone.
+    // A socket that a runtime has left behind.
     let stale = scene.directory("")?.join("stale.sock");
     drop(UnixListener::bind(&stale)?);
     refused(agent(&stale, &run), 5, &["stale.sock", "--cri-socket"]).await?;
@@ -124,7 +123,7 @@ async fn no_runtime(scene: Scene) -> Result<()> {
 async fn no_token(scene: Scene) -> Result<()> {
     let run = scene.directory("run")?;
     let mut command = agent_with(&["--kube", "auto"], scene.node.socket(), &run);
-    // As every container of a cluster has it, whether its token is mounted or not.
+    // Every container of a cluster has these variables, with or without a mounted token.
     command
         .env("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         .env("KUBERNETES_SERVICE_PORT", "443")
@@ -144,7 +143,7 @@ async fn not_cri(scene: Scene) -> Result<()> {
     let says = ["not a CRI", "--cri-socket"];
     let (path, _server) = serve(sockets.join("http1.sock"), http1)?;
     refused(agent(&path, &run), 6, &says).await?;
-    let (path, _server) = serve(sockets.join("grpc.sock"), grpc_of_something_else)?;
+    let (path, _server) = serve(sockets.join("grpc.sock"), grpc_without_the_runtime_service)?;
     refused(agent(&path, &run), 6, &says).await?;
     let file = sockets.join("file");
     fs::write(&file, "")?;
@@ -173,15 +172,15 @@ impl Drop for Server {
     }
 }
 
-/// A server of the older HTTP, such as Docker's.
+/// An HTTP/1.1 server, such as Docker's.
 async fn http1(mut stream: UnixStream) {
     let _ = stream.read(&mut [0; 1024]).await;
     let reply = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
     let _ = stream.write_all(reply).await;
 }
 
-/// A gRPC server that does not have the runtime service.
-async fn grpc_of_something_else(stream: UnixStream) {
+/// A gRPC server without the CRI's runtime service.
+async fn grpc_without_the_runtime_service(stream: UnixStream) {
     let service = service_fn(async |_| {
         let mut reply = Response::new(Empty::<Bytes>::new());
         let headers = reply.headers_mut();
@@ -195,7 +194,7 @@ async fn grpc_of_something_else(stream: UnixStream) {
         .await;
 }
 
-/// The kernel is what it is, but what it says of itself can be replaced, for one process.
+/// Replaces the kernel's BTF for one process, because the kernel itself can't be replaced.
 async fn lacking_kernel(scene: Scene) -> Result<()> {
     let run = scene.directory("run")?;
     let files = scene.directory("")?;
@@ -203,7 +202,7 @@ async fn lacking_kernel(scene: Scene) -> Result<()> {
     fs::write(&nothing, "")?;
     let says = ["no kernel type information", "CONFIG_DEBUG_INFO_BTF"];
     refused(with_btf(&nothing, &agent_of(&scene, &run)), 4, &says).await?;
-    // A header, no types, no strings.
+    // A BTF header without types or strings.
     let no_types = files.join("no-types");
     let header: [u32; 6] = [0x0001_eb9f, 24, 0, 0, 0, 0];
     fs::write(&no_types, header.map(u32::to_ne_bytes).concat())?;
@@ -213,7 +212,7 @@ async fn lacking_kernel(scene: Scene) -> Result<()> {
     nothing_left(&run)
 }
 
-/// The command in a mount namespace of its own, in which `file` is the kernel's BTF.
+/// The command in a mount namespace of its own, in which `file` replaces the kernel's BTF.
 fn with_btf(file: &Path, command: &Command) -> Command {
     let mut wrapped = Command::new("unshare");
     let script = r#"mount --bind "$0" /sys/kernel/btf/vmlinux && exec "$@""#;
@@ -253,7 +252,7 @@ async fn run_is_a_file(scene: Scene) -> Result<()> {
     )
     .await?;
     ensure!(fs::read_to_string(&file)? == "mine");
-    // In the place of the agent's socket.
+    // A file at the path of the agent's socket.
     let run = scene.directory("run")?;
     fs::write(run.join("agent.sock"), "mine")?;
     refused(agent_of(&scene, &run), 7, &["agent.sock", "not a socket"]).await?;
@@ -268,12 +267,12 @@ async fn second_agent(scene: Scene) -> Result<()> {
     refused(
         agent_of(&scene, &run),
         8,
-        &["another ebb agent", "stop that one"],
+        &["another ebb agent", "stop that agent"],
     )
     .await?;
     ensure!(first.runs()? && first.query(&["drains"]).await.is_ok());
     first.stop().await?;
-    // Its lock went with it.
+    // The first agent's lock is free again.
     scene.agent(&[]).await?.stop().await
 }
 
@@ -293,10 +292,10 @@ async fn bad_flags(scene: Scene) -> Result<()> {
     ];
     for (flag, value) in cases {
         let mut command = agent(scene.node.socket(), &run);
-        // The last one counts where a flag may be given once.
+        // If a flag may be given only once, the last one counts.
         command.arg(format!("{flag}={value}")).kill_on_drop(true);
         let out = timeout(SOON, command.output()).await;
-        let out = out.with_context(|| format!("{flag} {value} is taken"))??;
+        let out = out.with_context(|| format!("{flag} {value} is accepted"))??;
         let text = String::from_utf8(out.stderr)?;
         ensure!(
             out.status.code() == Some(2),
@@ -334,10 +333,10 @@ async fn unknown_pod(scene: Scene) -> Result<()> {
 
 async fn not_root(scene: Scene) -> Result<()> {
     const NOBODY: u32 = 65534;
-    // Where it lies, nobody may be allowed to go.
+    // The user nobody may have no access to the build directory.
     let program = scene.directory("nobody")?.join("ebb");
     fs::copy(EBB, &program)?;
-    let nobody = |args: &Command| {
+    let as_nobody = |args: &Command| {
         let mut command = Command::new(&program);
         command
             .args(args.as_std().get_args())
@@ -348,22 +347,22 @@ async fn not_root(scene: Scene) -> Result<()> {
     let ebb = scene.agent(&[]).await?;
     let mut pods = Command::new(EBB);
     pods.arg("pods").arg("--agent").arg(ebb.socket());
-    refused(nobody(&pods), 3, &["root"]).await?;
-    // Neither its run directory,
+    refused(as_nobody(&pods), 3, &["root"]).await?;
+    // It can't write to its run directory.
     let run = scene.directory("run")?;
-    refused(nobody(&agent_of(&scene, &run)), 3, &["run"]).await?;
-    // nor, where it may have that, the runtime's socket,
+    refused(as_nobody(&agent_of(&scene, &run)), 3, &["run"]).await?;
+    // With a writable run directory, it can't open the runtime's socket.
     fs::set_permissions(&run, fs::Permissions::from_mode(0o777))?;
-    refused(nobody(&agent_of(&scene, &run)), 3, &["root"]).await?;
-    // nor, where it may have that too, the kernel.
+    refused(as_nobody(&agent_of(&scene, &run)), 3, &["root"]).await?;
+    // With both, it can't load BPF programs.
     let (socket, _server) = forward(&scene, scene.directory("")?.join("open.sock"))?;
     let mut command = agent(&socket, &run);
     command.args(["--http", &format!("127.0.0.1:{}", free_port())]);
-    refused(nobody(&command), 3, &["root"]).await?;
+    refused(as_nobody(&command), 3, &["root"]).await?;
     nothing_left(&run)
 }
 
-/// The runtime on a socket that everybody may use.
+/// Forwards a socket that every user may open to the runtime.
 fn forward(scene: &Scene, path: PathBuf) -> Result<(PathBuf, Server)> {
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;

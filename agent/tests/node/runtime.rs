@@ -1,25 +1,25 @@
-//! The container runtime dies and comes back.
+//! The container runtime crashes and is started again.
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::drain::report::ReleaseReason;
-use ebb_node::kubelet::PodSpec;
+use ebb_core::drain_report::ReleaseReason;
+use ebb_testkit::kubelet::PodSpec;
 use libtest_mimic::Trial;
 
 use crate::{
     hold::stop,
     peer::Peer,
-    scene::{Alone, SECOND, eventually, run, server, trial_alone},
-    wait_port::ask,
+    scene::{ExclusiveScene, SECOND, eventually, run, server, trial_alone},
+    wait_port::raw_get,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![trial_alone(
-        "a_runtime_that_dies_and_comes_back_takes_nothing_along",
-        dies_and_comes_back,
+        "after_a_crash_of_the_runtime_ebb_works_as_before",
+        crashes,
     )]
 }
 
-async fn dies_and_comes_back(mut scene: Alone) -> Result<()> {
+async fn crashes(mut scene: ExclusiveScene) -> Result<()> {
     let (mut agent, proxy) = scene.ebb(&["--hold-unknown", "--quiet", "300ms"]).await?;
     let before = run(
         &scene.node,
@@ -33,7 +33,7 @@ async fn dies_and_comes_back(mut scene: Alone) -> Result<()> {
     ensure!(agent.get("/readyz").await?.status == 200);
 
     scene.node.containerd().kill().await?;
-    // What was known is still shown, and what the kernel knows is as true as before.
+    // The agent still shows the pods it knew, with their present flows.
     let second = Peer::served(before.v4(8080)?).await?;
     let flows = agent.flows("before").await?;
     ensure!(flows.len() == 2, "{flows:?}");
@@ -49,21 +49,21 @@ async fn dies_and_comes_back(mut scene: Alone) -> Result<()> {
             .is_some_and(|f| f.total() == 2)
     );
     drop(second);
-    // The kubelet hears from the proxy what it would hear from the runtime.
+    // The proxy answers the kubelet with the error of a runtime that does not run.
     let error = kubelet
         .is_ready()
         .await
         .err()
-        .context("the proxy answers")?;
+        .context("the proxy answers without a runtime")?;
     ensure!(format!("{error:#}").contains("Unavailable"), "{error:#}");
-    // The runtime's last answer counts for a moment.
+    // The agent stays ready for a moment after the runtime's last answer.
     eventually("it is not ready without a runtime", async || {
         Ok(agent.get("/readyz").await.is_err().then_some(()))
     })
     .await?;
     ensure!(agent.get("/healthz").await?.status == 200);
-    // Why is for the log, not for whoever reaches the port.
-    let answer = ask(
+    // The cause is in the log only, because any client can reach the port.
+    let answer = raw_get(
         ([127, 0, 0, 1], agent.port).into(),
         "/readyz",
         "Accept: */*",
@@ -89,7 +89,7 @@ async fn dies_and_comes_back(mut scene: Alone) -> Result<()> {
     let after = kubelet
         .run(&PodSpec::new("after").container(server("app", 8080)))
         .await?;
-    ebb_node::http::until_open(after.v4(8080)?, 5 * SECOND).await?;
+    ebb_testkit::http::until_open(after.v4(8080)?, 5 * SECOND).await?;
     let other = Peer::served(after.v4(8080)?).await?;
     let flows = agent.flows("after").await?;
     ensure!(

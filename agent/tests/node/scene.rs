@@ -1,4 +1,4 @@
-//! What a trial has: the node, a directory, pods, and time.
+//! What each trial uses: the node, a directory, pods and timeouts.
 
 use std::{
     future::Future,
@@ -11,9 +11,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use ebb_node::{
+use ebb_testkit::{
     Node, http,
-    kubelet::{ContainerSpec, Kubelet, Pod, PodSpec},
+    kubelet::{ContainerSpec, Kubelet, PodSpec, StartedPod},
 };
 use libtest_mimic::Trial;
 use tokio::{
@@ -26,10 +26,10 @@ use crate::proc_net;
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
-/// For what is said to happen "soon". Ten trials at once on two cores are slow at times.
+/// How long to wait for what happens soon. Generous, because many trials share few cores.
 pub(crate) const SOON: Duration = Duration::from_secs(15);
 
-/// For a trial that hangs.
+/// The longest that a trial may take.
 const LONGEST: Duration = Duration::from_secs(120);
 
 /// The node's own address on the pod network.
@@ -39,17 +39,17 @@ pub(crate) const NODE_V6: &str = "fd00:ebb::1";
 /// The kubelet's cgroup, by which agents find it.
 pub(crate) const KUBELET: &str = "kubelet.service";
 
-/// Where the fixture is in its containers.
+/// The path of the fixture inside its containers.
 pub(crate) const FIXTURE: &str = "/usr/bin/ebb-fixture";
 
-/// A trial that shares the node with others.
+/// The context of a trial that shares the node with others.
 pub(crate) struct Scene {
     pub(crate) node: RwLockReadGuard<'static, Node>,
     directory: PathBuf,
 }
 
-/// A trial that has the node for itself, and may stop containerd.
-pub(crate) struct Alone {
+/// The context of a trial that has the node to itself, and may stop containerd.
+pub(crate) struct ExclusiveScene {
     pub(crate) node: RwLockWriteGuard<'static, Node>,
     pub(crate) directory: PathBuf,
 }
@@ -60,36 +60,36 @@ where
     F: Future<Output = Result<()>>,
 {
     Trial::test(name, move || {
-        play(name, async move |directory| {
+        run_trial(name, async move |directory| {
             let node = node().await?.read().await;
-            within(f(Scene { node, directory })).await
+            with_time_limit(f(Scene { node, directory })).await
         })
     })
 }
 
-/// Makes a trial of an async function that needs the node for itself.
+/// Makes a trial of an async function that needs the node to itself.
 pub(crate) fn trial_alone<F>(
     name: &'static str,
-    f: impl FnOnce(Alone) -> F + Send + 'static,
+    f: impl FnOnce(ExclusiveScene) -> F + Send + 'static,
 ) -> Trial
 where
     F: Future<Output = Result<()>>,
 {
     Trial::test(name, move || {
-        play(name, async move |directory| {
+        run_trial(name, async move |directory| {
             let node = node().await?.write().await;
-            within(f(Alone { node, directory })).await
+            with_time_limit(f(ExclusiveScene { node, directory })).await
         })
     })
 }
 
-fn play(
+fn run_trial(
     name: &str,
     f: impl AsyncFnOnce(PathBuf) -> Result<()>,
 ) -> Result<(), libtest_mimic::Failed> {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    let runtime = RUNTIME.get_or_init(|| Runtime::new().expect("a machine with threads"));
-    let place = ebb_node::sandbox::place()?;
+    let runtime = RUNTIME.get_or_init(|| Runtime::new().expect("a tokio runtime"));
+    let place = ebb_testkit::sandbox::paths()?;
     // Short: the path of a socket has 108 bytes at most.
     static TRIALS: AtomicU16 = AtomicU16::new(0);
     let number = TRIALS.fetch_add(1, Ordering::Relaxed).to_string();
@@ -108,14 +108,14 @@ async fn node() -> Result<&'static RwLock<Node>> {
     static NODE: OnceCell<RwLock<Node>> = OnceCell::const_new();
     NODE.get_or_try_init(async || {
         let node = Node::start().await?;
-        // Every node has one, and an agent that finds none says so.
-        std::fs::create_dir_all(node.place().cgroup(KUBELET))?;
+        // Every node has a kubelet's cgroup, and an agent that finds none logs it.
+        std::fs::create_dir_all(node.paths().cgroup(KUBELET))?;
         Ok(RwLock::new(node))
     })
     .await
 }
 
-async fn within(trial: impl Future<Output = Result<()>>) -> Result<()> {
+async fn with_time_limit(trial: impl Future<Output = Result<()>>) -> Result<()> {
     timeout(LONGEST, trial)
         .await
         .with_context(|| format!("the trial took longer than {LONGEST:?}"))?
@@ -139,13 +139,13 @@ fn logs(directory: &Path) -> String {
     files.iter().map(text).collect()
 }
 
-/// A port of the node that no other trial uses, below those that the kernel gives to clients.
+/// A port of the node that no other trial uses, below the kernel's ephemeral ports.
 pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(20_000);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Waits until `f` gives something. An error of `f` is passed on; it is no reason to try again.
+/// Waits until `f` returns `Some`. An error of `f` is returned at once.
 pub(crate) async fn eventually<T>(
     what: &str,
     mut f: impl AsyncFnMut() -> Result<Option<T>>,
@@ -156,7 +156,7 @@ pub(crate) async fn eventually<T>(
             return Ok(found);
         }
         if started.elapsed() > SOON {
-            bail!("not within {SOON:?}: {what}");
+            bail!("not with_time_limit {SOON:?}: {what}");
         }
         sleep(Duration::from_millis(50)).await;
     }
@@ -174,23 +174,23 @@ impl Scene {
     }
 
     /// Runs a pod and waits until its servers listen. Names are shared by all trials.
-    pub(crate) async fn run(&self, spec: PodSpec) -> Result<Pod> {
+    pub(crate) async fn run(&self, spec: PodSpec) -> Result<StartedPod> {
         run(&self.node, spec).await
     }
 
     /// Runs a pod with one server, on port 8080.
-    pub(crate) async fn serve(&self, name: &str) -> Result<Pod> {
+    pub(crate) async fn serve(&self, name: &str) -> Result<StartedPod> {
         self.run(PodSpec::new(name).container(server("app", 8080)))
             .await
     }
 
-    /// What containerd has logged, for what it was really asked to do.
+    /// containerd's log, which shows the calls that have reached it.
     pub(crate) fn containerd_log(&self) -> Result<String> {
-        let path = self.node.place().directory().join("containerd/log");
+        let path = self.node.paths().directory().join("containerd/log");
         Ok(std::fs::read_to_string(path)?)
     }
 
-    /// The timeouts, in seconds, with which containerd was asked to stop a container.
+    /// The timeouts, in seconds, of the StopContainer calls that containerd has received for a container.
     pub(crate) fn stop_timeouts(&self, container: &str) -> Result<Vec<u64>> {
         let log = self.containerd_log()?;
         let calls = log
@@ -208,8 +208,8 @@ pub(crate) fn directory(parent: &Path, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Runs a pod and waits until its servers listen, and have forgotten that they were tried.
-pub(crate) async fn run(node: &Node, spec: PodSpec) -> Result<Pod> {
+/// Runs a pod and waits until its servers listen and the connections of that check are gone.
+pub(crate) async fn run(node: &Node, spec: PodSpec) -> Result<StartedPod> {
     let kubelet = node.kubelet()?;
     let pod = kubelet.run(&spec).await?;
     for container in &spec.containers {
@@ -218,7 +218,7 @@ pub(crate) async fn run(node: &Node, spec: PodSpec) -> Result<Pod> {
         let port = port.parse()?;
         http::until_open(pod.v4(port)?, SOON).await?;
         let pid = kubelet.pid(pod.container(&container.name)?).await?;
-        eventually("the trial connection is gone", async || {
+        eventually("the check's connection is gone", async || {
             Ok(proc_net::is_quiet(pid, port)?.then_some(()))
         })
         .await?;
@@ -231,8 +231,7 @@ pub(crate) fn server(name: &str, port: u16) -> ContainerSpec {
     ContainerSpec::fixture(name, &["serve", "--port", &port.to_string()])
 }
 
-/// A container whose server answers one connection after the other, the next only when the one before is
-/// closed.
+/// A container whose server accepts a connection only when the one before is closed.
 pub(crate) fn queue(name: &str, port: u16) -> ContainerSpec {
     ContainerSpec::fixture(
         name,

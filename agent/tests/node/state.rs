@@ -3,11 +3,11 @@
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::report::ReleaseReason,
+use ebb_core::{
+    drain_report::ReleaseReason,
     flow::{FlowCounts, FlowState},
 };
-use ebb_node::kubelet::PodSpec;
+use ebb_testkit::kubelet::PodSpec;
 use libtest_mimic::Trial;
 use tokio::time::sleep;
 
@@ -19,13 +19,13 @@ use crate::{
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
-        trial("each_state_of_a_flow_is_seen_for_what_it_is", all_states),
+        trial("each_state_of_a_flow_is_recognised", all_states),
         trial(
-            "a_slow_request_is_awaiting_until_it_is_answered_and_idle_some_time_after",
+            "a_slow_request_is_awaiting_until_it_is_answered_and_idle_afterwards",
             slow_request,
         ),
         trial(
-            "what_the_pod_has_closed_holds_until_the_peer_has_all_of_it",
+            "a_flow_that_the_pod_has_closed_holds_until_the_peer_has_all_data",
             flushing,
         ),
         trial(
@@ -53,16 +53,16 @@ async fn all_states(scene: Scene) -> Result<()> {
         .keep_reading();
     let awaiting = Peer::asking(app, "/slow?ms=60000").await?;
     let idle = Peer::served(app).await?;
-    // The answer goes on after the peer has said all it has to say.
+    // The pod goes on answering after the peer has closed its sending side.
     let mut half_closed = Peer::asking(app, "/stream?chunks=1000&ms=50").await?;
     half_closed.end_sending().await?;
     let half_closed = half_closed.keep_reading();
-    // More than this peer has room for, less than the pod's kernel has.
+    // More than this peer's receive buffer holds, less than the pod's send buffer holds.
     let mut flushing = Peer::narrow(app).await?;
     flushing
         .ask_and_close("/stream?chunks=1&ms=0&size=30000")
         .await?;
-    // The server waits for the first one's request and accepts no other.
+    // The server waits for a request on the first connection and accepts no other.
     let accepted = Peer::connect(queue).await?;
     let waiting = [
         Peer::asking(queue, "/").await?,
@@ -75,7 +75,7 @@ async fn all_states(scene: Scene) -> Result<()> {
         (idle.address, FlowState::Idle),
         (half_closed.address, FlowState::HalfClosed),
         (flushing.address, FlowState::Flushing),
-        // It has said nothing yet, so it has not been answered either.
+        // The peer has sent nothing, so the pod has not answered either.
         (accepted.address, FlowState::Awaiting),
         (waiting[0].address, FlowState::Backlog),
         (waiting[1].address, FlowState::Backlog),
@@ -86,7 +86,7 @@ async fn all_states(scene: Scene) -> Result<()> {
         Ok((last == expected).then_some(()))
     })
     .await
-    .with_context(|| format!("expected {expected:#?}, the last look had {last:#?}"))?;
+    .with_context(|| format!("expected {expected:#?}, the last list was {last:#?}"))?;
     for flow in agent.flows("states").await? {
         ensure!(flow.live == (flow.state != FlowState::Idle), "{flow:?}");
         ensure!(flow.holds, "{flow:?}");
@@ -98,6 +98,7 @@ async fn all_states(scene: Scene) -> Result<()> {
         idle: 1,
         flushing: 1,
         half_closed: 1,
+        lost: 0,
     };
     let view = agent.pod("states").await?;
     ensure!(view.flows == Some(counts), "{view:?}");
@@ -114,12 +115,12 @@ async fn slow_request(scene: Scene) -> Result<()> {
     until(&agent, &peer, FlowState::Awaiting, &[FlowState::Active]).await?;
     peer.answer("slow\n").await?;
     until(&agent, &peer, FlowState::Idle, &[FlowState::Active]).await?;
-    // The next request on it is live again.
+    // The next request makes the flow live again.
     peer.ask("/slow?ms=60000").await?;
     until(&agent, &peer, FlowState::Active, &[FlowState::Idle]).await
 }
 
-/// Waits until the peer's flow to the pod "slow" is in this state, and in no other than these before.
+/// Waits until the peer's flow to the pod "slow" is in `state`. Until then it may only be in one of `before`.
 async fn until(agent: &Agent, peer: &Peer, state: FlowState, before: &[FlowState]) -> Result<()> {
     eventually(state.name(), async || {
         let seen = states(agent, "slow").await?.remove(&peer.address);

@@ -1,22 +1,22 @@
-//! Whose connection is it, who opened it, and is it counted once?
+//! The owner and direction of each connection, and that each is counted once.
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
-use ebb::{
-    drain::report::ReleaseReason,
+use ebb::{kernel::Tracker, linux::netns::Netns};
+use ebb_core::{
+    drain_report::ReleaseReason,
     flow::{Direction, Exempt},
     ids::NetnsInode,
-    kernel::{Netns, Tracker},
-    report::view::FlowView,
 };
-use ebb_node::kubelet::{Container, Kubelet, Output, Pod, PodSpec};
+use ebb_protocol::views::FlowView;
+use ebb_testkit::kubelet::{ExecOutput, Kubelet, PodSpec, StartedContainer, StartedPod};
 use libtest_mimic::Trial;
 use tokio::task::JoinHandle;
 
 use crate::{
     agent::Agent,
-    peer::{Peer, Silent},
+    peer::{Peer, SilentServer},
     proc_net,
     scene::{FIXTURE, NODE_V4, NODE_V6, SECOND, Scene, eventually, free_port, server, trial},
 };
@@ -24,35 +24,32 @@ use crate::{
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "inbound_flows_of_both_families_are_those_of_the_kernels_own_tables",
+            "inbound_flows_of_both_families_are_those_in_proc_net_tcp",
             both_families,
         ),
         trial(
             "an_ipv4_client_of_a_dual_stack_listener_is_one_flow_with_ipv4_addresses",
             dual_stack,
         ),
-        trial("what_a_pod_dials_is_outbound_and_does_not_hold", outbound),
+        trial("dialled_flows_are_outbound_and_do_not_hold", outbound),
         trial(
-            "flows_of_all_containers_are_the_pods_and_those_within_it_do_not_hold",
+            "flows_of_all_containers_belong_to_the_pod_and_those_inside_it_do_not_hold",
             two_containers,
         ),
         trial(
-            "a_host_network_pod_has_the_flows_of_its_cgroups_only_and_is_held_for_them",
+            "a_host_network_pod_has_only_the_flows_of_its_cgroups_and_is_held_for_them",
             host_network,
         ),
         trial(
-            "flows_older_than_the_agent_are_inbound_count_once_and_hold",
+            "flows_older_than_the_agent_are_inbound_are_counted_once_and_hold",
             older_than_agent,
         ),
-        trial(
-            "an_agent_that_logs_for_its_bpf_programs_tracks_as_any_other",
-            bpf_log,
-        ),
+        trial("an_agent_with_bpf_log_tracks_flows_like_any_other", bpf_log),
     ]
 }
 
-/// The programs have nothing to say unless something is lost; what is proved is that they load with their log
-/// on and that it can be read beside everything else.
+/// The programs log only losses. The trial proves that they load with their log on, and that the agent tracks flows
+/// while it reads the log.
 async fn bpf_log(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--bpf-log"]).await?;
     let pod = scene.serve("logged").await?;
@@ -62,9 +59,9 @@ async fn bpf_log(scene: Scene) -> Result<()> {
     agent.stop().await
 }
 
-type Ends = BTreeSet<(SocketAddr, SocketAddr)>;
+type Endpoints = BTreeSet<(SocketAddr, SocketAddr)>;
 
-fn ends<'a>(flows: impl IntoIterator<Item = &'a FlowView>) -> Ends {
+fn endpoints<'a>(flows: impl IntoIterator<Item = &'a FlowView>) -> Endpoints {
     flows.into_iter().map(|f| (f.local, f.remote)).collect()
 }
 
@@ -72,23 +69,23 @@ fn inbound(flows: &[FlowView]) -> impl Iterator<Item = &FlowView> {
     flows.iter().filter(|f| f.direction == Direction::Inbound)
 }
 
-/// Waits until ebb has this many flows of the pod, in and out.
-async fn until_flows(agent: &Agent, pod: &Pod, n: usize) -> Result<Vec<FlowView>> {
+/// Waits until ebb lists this many flows of the pod, inbound and outbound.
+async fn until_flows(agent: &Agent, pod: &StartedPod, n: usize) -> Result<Vec<FlowView>> {
     let mut last = Vec::new();
     let found = eventually("that many flows", async || {
         last = agent.flows(&pod.spec.name).await?;
         Ok((last.len() == n).then(|| last.clone()))
     })
     .await;
-    found.map_err(|e| e.context(format!("{n} flows expected, the last look had {last:#?}")))
+    found.map_err(|e| e.context(format!("{n} flows expected, the last list was {last:#?}")))
 }
 
 /// Runs the fixture's client in a container, in the background.
 pub(crate) fn dial(
     kubelet: &Kubelet,
-    container: &Container,
+    container: &StartedContainer,
     url: String,
-) -> JoinHandle<Result<Output>> {
+) -> JoinHandle<Result<ExecOutput>> {
     let (kubelet, container) = (kubelet.clone(), container.clone());
     tokio::spawn(async move {
         kubelet
@@ -104,12 +101,12 @@ async fn both_families(scene: Scene) -> Result<()> {
     for server in [pod.v4(8080)?, pod.v6(8080)?, pod.v4(8080)?, pod.v6(8080)?] {
         peers.push(Peer::served(server).await?);
     }
-    // Accepted, and nothing said.
+    // Accepted, without any data.
     peers.push(Peer::connect(pod.v4(8080)?).await?);
     let flows = until_flows(&agent, &pod, 5).await?;
     let pid = scene.kubelet()?.pid(pod.container("app")?).await?;
     ensure!(
-        ends(&flows) == proc_net::established(pid, 8080)?,
+        endpoints(&flows) == proc_net::established(pid, 8080)?,
         "{flows:#?}"
     );
     for flow in &flows {
@@ -118,12 +115,12 @@ async fn both_families(scene: Scene) -> Result<()> {
             "{flow:?}"
         );
         ensure!(
-            flow.older_than_agent == Some(false) && flow.age_ms.is_some(),
+            flow.age_ms.is_some() && flow.age_at_least_ms.is_none(),
             "{flow:?}"
         );
         ensure!(peers.iter().any(|p| p.address == flow.remote), "{flow:?}");
     }
-    // "/" is 4 + 1 + 1 + 8 + 4 bytes of request line and end, and its answer is a whole one.
+    // A GET of "/" has 4 + 1 + 1 + 8 + 4 bytes, and its whole answer was sent.
     let served = flows.iter().find(|f| f.remote == peers[0].address);
     ensure!(
         served.is_some_and(|f| f.bytes_in == 18 && f.bytes_out > 3),
@@ -138,13 +135,13 @@ async fn both_families(scene: Scene) -> Result<()> {
 async fn dual_stack(scene: Scene) -> Result<()> {
     let agent = scene.agent(&[]).await?;
     let app =
-        ebb_node::kubelet::ContainerSpec::fixture("app", &["serve", "--port", "8080", "--dual"]);
+        ebb_testkit::kubelet::ContainerSpec::fixture("app", &["serve", "--port", "8080", "--dual"]);
     let pod = scene.run(PodSpec::new("dual").container(app)).await?;
     let four = Peer::served(pod.v4(8080)?).await?;
     let six = Peer::served(pod.v6(8080)?).await?;
     let flows = until_flows(&agent, &pod, 2).await?;
-    let expected = Ends::from([(pod.v4(8080)?, four.address), (pod.v6(8080)?, six.address)]);
-    ensure!(ends(&flows) == expected, "{flows:#?}");
+    let expected = Endpoints::from([(pod.v4(8080)?, four.address), (pod.v6(8080)?, six.address)]);
+    ensure!(endpoints(&flows) == expected, "{flows:#?}");
     let pid = scene.kubelet()?.pid(pod.container("app")?).await?;
     ensure!(proc_net::established(pid, 8080)? == expected);
     Ok(())
@@ -154,7 +151,7 @@ async fn outbound(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--hold-unknown", "--quiet", "200ms"]).await?;
     let proxy = scene.proxy(&agent).await?;
     let pod = scene.serve("dialler").await?;
-    let silent = Silent::listen().await?;
+    let silent = SilentServer::listen().await?;
     let app = pod.container("app")?;
     let kubelet = scene.kubelet()?;
     let port = silent.port;
@@ -196,7 +193,7 @@ async fn two_containers(scene: Scene) -> Result<()> {
     let front = Peer::served(pod.v4(8080)?).await?;
     let back = Peer::served(pod.v4(8081)?).await?;
     let kubelet = scene.kubelet()?;
-    // By loopback, and by the pod's own address.
+    // Once by loopback, and once by the pod's own address.
     let own = pod.v4(8081)?;
     dial(
         &kubelet,
@@ -210,11 +207,11 @@ async fn two_containers(scene: Scene) -> Result<()> {
     );
     let flows = until_flows(&agent, &pod, 6).await?;
     let holding = flows.iter().filter(|f| f.holds);
-    let expected = Ends::from([
+    let expected = Endpoints::from([
         (pod.v4(8080)?, front.address),
         (pod.v4(8081)?, back.address),
     ]);
-    ensure!(ends(holding) == expected, "{flows:#?}");
+    ensure!(endpoints(holding) == expected, "{flows:#?}");
     let within: Vec<_> = inbound(&flows).filter(|f| !f.holds).collect();
     ensure!(within.len() == 2, "{flows:#?}");
     ensure!(
@@ -251,16 +248,16 @@ async fn host_network(scene: Scene) -> Result<()> {
         .host_network()
         .container(server("app", port));
     let pod = scene.run(spec).await?;
-    // Both ends of these are in the host's namespace too, and neither is the pod's.
-    let foreign = Silent::listen().await?;
+    // Both ends of this connection are in the host's namespace too, and neither is the pod's.
+    let foreign = SilentServer::listen().await?;
     let _foreign = Peer::connect(SocketAddr::new(pod.v4(0)?.ip(), foreign.port)).await?;
     let four = Peer::served(pod.v4(port)?).await?;
     let six = Peer::served(pod.v6(port)?).await?;
     let flows = until_flows(&agent, &pod, 2).await?;
-    let expected = Ends::from([(pod.v4(port)?, four.address), (pod.v6(port)?, six.address)]);
-    ensure!(ends(&flows) == expected, "{flows:#?}");
+    let expected = Endpoints::from([(pod.v4(port)?, four.address), (pod.v6(port)?, six.address)]);
+    ensure!(endpoints(&flows) == expected, "{flows:#?}");
     ensure!(flows.iter().all(|f| f.holds), "{flows:#?}");
-    // What the pod dials is told by cgroup as well.
+    // Outbound connections are recognised by cgroup as well.
     let app = pod.container("app")?;
     dial(
         &scene.kubelet()?,
@@ -299,7 +296,7 @@ async fn older_than_agent(scene: Scene) -> Result<()> {
     const PEERS: usize = 200;
     let pod = scene.serve("elder").await?;
     let kubelet = scene.kubelet()?;
-    let silent = Silent::listen().await?;
+    let silent = SilentServer::listen().await?;
     let app = pod.container("app")?;
     dial(&kubelet, app, format!("http://{NODE_V4}:{}/", silent.port));
     let mut peers = Vec::new();
@@ -318,11 +315,11 @@ async fn older_than_agent(scene: Scene) -> Result<()> {
 
     let agent = scene.agent(&["--hold-unknown", "--quiet", "200ms"]).await?;
     let proxy = scene.proxy(&agent).await?;
-    // The same programs once more, for their counters of this namespace alone.
-    let (tracker, _events) = Tracker::start(ebb::kernel::Options::default())?;
+    // A second instance of the programs, to read their counters of this namespace alone.
+    let (tracker, _events) = Tracker::start(ebb::kernel::TrackerOptions::default())?;
     let flows = agent.flows("elder").await?;
     ensure!(
-        inbound(&flows).all(|f| f.older_than_agent == Some(true)),
+        inbound(&flows).all(|f| f.age_ms.is_none() && f.age_at_least_ms.is_some()),
         "{flows:#?}"
     );
     ensure!(
@@ -332,27 +329,29 @@ async fn older_than_agent(scene: Scene) -> Result<()> {
     );
     ensure!(inbound(&flows).all(|f| f.holds));
     ensure!(flows.len() == PEERS + 2, "{} flows", flows.len());
+    // A dump by this tracker corrects its counters.
+    tracker
+        .dump(&ebb_core::scope::Scope::Netns { inode: netns, pid })
+        .await?;
     ensure!(
-        counted(&tracker, netns) == PEERS as i64 + 1,
+        counted(&tracker, netns) == PEERS as u64 + 1,
         "{:?}",
         tracker.counts()
     );
-    // This metric is of the whole node, which has other trials' flows too.
+    // This metric covers the whole node, including other trials' flows.
     let at_first = agent.metric("ebb_flows").await?;
     ensure!(at_first > PEERS as i64, "{at_first}");
 
-    // New ones beside the old.
+    // New flows beside the old ones.
     let new = Peer::served(pod.v4(8080)?).await?;
     let flows = agent.flows("elder").await?;
-    let young: Vec<_> = inbound(&flows)
-        .filter(|f| f.older_than_agent == Some(false))
-        .collect();
+    let young: Vec<_> = inbound(&flows).filter(|f| f.age_ms.is_some()).collect();
     ensure!(
         young.len() == 1 && young[0].remote == new.address,
         "{young:?}"
     );
     ensure!(
-        counted(&tracker, netns) == PEERS as i64 + 2,
+        counted(&tracker, netns) == PEERS as u64 + 2,
         "{:?}",
         tracker.counts()
     );
@@ -396,9 +395,9 @@ async fn older_than_agent(scene: Scene) -> Result<()> {
     Ok(())
 }
 
-/// Inbound flows of a namespace by the programs' own counters.
-fn counted(tracker: &Tracker, netns: NetnsInode) -> i64 {
+/// The open inbound flows of a namespace, from the programs' own counters.
+fn counted(tracker: &Tracker, netns: NetnsInode) -> u64 {
     let counts = tracker.counts();
     let own = counts.iter().filter(|c| c.netns == netns);
-    own.map(|c| c.inbound).sum()
+    own.map(|c| c.open).sum()
 }

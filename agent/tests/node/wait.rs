@@ -7,10 +7,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::drain::report::{ReleaseReason, Report};
-use ebb_node::{
+use ebb_core::drain_report::{ReleaseReason, Report};
+use ebb_testkit::{
     http,
-    kubelet::{Output, Pod, PodSpec, PreStop},
+    kubelet::{ExecOutput, PodSpec, PreStop, StartedPod},
 };
 use libtest_mimic::Trial;
 use rustix::net::{AddressFamily, SocketType};
@@ -31,21 +31,21 @@ pub(crate) fn trials() -> Vec<Trial> {
             from_a_pod,
         ),
         trial(
-            "a_wait_from_a_host_network_pod_is_that_pods_by_its_cgroup",
+            "a_wait_from_a_host_network_pod_is_identified_by_its_cgroup",
             from_the_host_network,
         ),
-        trial("who_is_no_pod_of_the_node_can_not_wait", from_nobody),
+        trial("a_caller_in_no_pod_of_the_node_may_not_wait", from_no_pod),
         trial(
-            "a_caller_on_the_nodes_loopback_is_not_the_pod_that_has_the_same_addresses_within",
-            from_a_double,
+            "a_caller_on_the_nodes_loopback_is_not_taken_for_a_pod_with_the_same_addresses",
+            with_addresses_of_a_pod,
         ),
-        trial("a_wait_ends_when_the_caller_says_so", with_a_timeout),
+        trial("a_wait_ends_at_the_timeout_of_its_request", with_a_timeout),
         trial(
             "a_drain_whose_sandbox_is_gone_can_be_released",
             without_a_sandbox,
         ),
         trial(
-            "a_stop_after_a_pre_stop_wait_passes_at_once_and_is_the_same_drain",
+            "a_stop_after_a_pre_stop_wait_is_forwarded_at_once_and_belongs_to_the_same_drain",
             pre_stop,
         ),
     ]
@@ -55,7 +55,7 @@ fn url(agent: &Agent) -> String {
     format!("http://{NODE_V4}:{}/v1/wait", agent.port)
 }
 
-fn report(out: &Output) -> Result<Report> {
+fn report(out: &ExecOutput) -> Result<Report> {
     ensure!(out.status == 0, "{out:?}");
     serde_json::from_slice(&out.stdout).with_context(|| format!("no report: {out:?}"))
 }
@@ -115,7 +115,7 @@ async fn from_a_pod(scene: Scene) -> Result<()> {
 
 async fn from_the_host_network(scene: Scene) -> Result<()> {
     let agent = scene.agent(&["--quiet", "300ms"]).await?;
-    let mut pods: Vec<Pod> = Vec::new();
+    let mut pods: Vec<StartedPod> = Vec::new();
     for name in ["host-waiter", "host-waiter-2"] {
         let spec = PodSpec::new(name).host_network();
         pods.push(
@@ -140,7 +140,7 @@ async fn from_the_host_network(scene: Scene) -> Result<()> {
     Ok(())
 }
 
-async fn from_nobody(scene: Scene) -> Result<()> {
+async fn from_no_pod(scene: Scene) -> Result<()> {
     let agent = scene.agent(&[]).await?;
     let _pod = scene.serve("bystander").await?;
     // This process is on the host's network, in no pod's cgroup, whatever address it uses.
@@ -155,16 +155,16 @@ async fn from_nobody(scene: Scene) -> Result<()> {
     Ok(())
 }
 
-/// Every namespace has a 127.0.0.1: a pod can have a connection with itself that has the four numbers of a
-/// connection between a process of the node and the agent.
-async fn from_a_double(scene: Scene) -> Result<()> {
+/// Every namespace has a 127.0.0.1: a pod can connect to itself with the same four-tuple as a connection between a
+/// process on the node and the agent.
+async fn with_addresses_of_a_pod(scene: Scene) -> Result<()> {
     let port = free_port();
     let at = SocketAddr::from(([127, 0, 0, 1], port));
     let agent = scene.agent(&["--http", &at.to_string()]).await?;
     let pod = scene.serve("double").await?;
     let pid = scene.kubelet()?.pid(&pod.containers[0]).await?;
-    let within = ebb::kernel::Netns::of_process(pid)?;
-    // One that the kernel gave to the double might be taken on the node.
+    let within = ebb::linux::netns::Netns::of_process(pid)?;
+    // A port that the kernel chooses inside the pod might be in use on the node.
     let from = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let dial = move || -> std::io::Result<TcpStream> {
         let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
@@ -176,7 +176,7 @@ async fn from_a_double(scene: Scene) -> Result<()> {
         let listener = TcpListener::bind(at)?;
         Ok((listener, dial()?))
     })?;
-    let asked = tokio::task::spawn_blocking(move || -> Result<String> {
+    let answer = tokio::task::spawn_blocking(move || -> Result<String> {
         let mut caller = dial()?;
         caller.set_read_timeout(Some(5 * SECOND))?;
         caller.write_all(b"GET /v1/wait HTTP/1.1\r\nHost: ebb\r\nConnection: close\r\n\r\n")?;
@@ -184,7 +184,7 @@ async fn from_a_double(scene: Scene) -> Result<()> {
         caller.read_to_string(&mut answer)?;
         Ok(answer)
     });
-    let answer = asked.await?.context("it waits for the pod")?;
+    let answer = answer.await?.context("no answer: it waits for the pod")?;
     ensure!(answer.starts_with("HTTP/1.1 403"), "{answer}");
     ensure!(agent.drains("double").await?.is_empty());
     Ok(())
@@ -207,7 +207,7 @@ async fn with_a_timeout(scene: Scene) -> Result<()> {
     let report = report(&dial(&kubelet, &pod.containers[0], url).await??)?;
     ensure!(report.reason.is_none(), "{report:?}");
     ensure!((1900..4000).contains(&report.held_ms), "{report:?}");
-    // Who loses patience does not end it for the others.
+    // The timeout of one request does not end the drain for others.
     let drains = agent.drains("impatient").await?;
     ensure!(
         drains.len() == 1 && drains[0].reason.is_none(),
@@ -247,7 +247,7 @@ async fn pre_stop(scene: Scene) -> Result<()> {
 }
 
 async fn without_a_sandbox(scene: Scene) -> Result<()> {
-    // Longer than the trial.
+    // The settle phase is longer than the trial.
     let agent = scene
         .agent(&["--quiet", "2m", "--settle-max", "2m"])
         .await?;
@@ -268,7 +268,7 @@ async fn without_a_sandbox(scene: Scene) -> Result<()> {
     agent.query(&["release", "no-sandbox"]).await?;
     let reason = agent.drains("no-sandbox").await?[0].reason;
     ensure!(reason == Some(ReleaseReason::Manual), "{reason:?}");
-    // Its caller has ended with the pod.
+    // The waiting process has ended with the pod.
     let _ = wait.await;
     Ok(())
 }

@@ -1,16 +1,16 @@
-//! What callers of the wait endpoints can't do to others.
+//! Callers of the wait endpoints can't keep others from waiting.
 
 use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Result, ensure};
-use ebb_node::http;
+use ebb_testkit::http;
 use libtest_mimic::Trial;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::time::{Instant, sleep};
 
 use crate::{
     peer::Peer,
-    scene::{Alone, NODE_V4, SECOND, SOON, eventually, run, trial_alone},
+    scene::{ExclusiveScene, NODE_V4, SECOND, SOON, eventually, run, trial_alone},
     track::dial,
     wait_port::{annotated, until_listening},
 };
@@ -18,16 +18,16 @@ use crate::{
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial_alone(
-            "a_thousand_callers_that_say_nothing_keep_nobody_else_waiting",
+            "a_thousand_unfinished_requests_do_not_delay_other_callers",
             slowloris,
         ),
-        trial_alone("a_pod_can_have_only_so_many_waits", too_many),
+        trial_alone("a_pod_may_have_sixteen_waits_at_a_time", too_many),
     ]
 }
 
-async fn slowloris(scene: Alone) -> Result<()> {
+async fn slowloris(scene: ExclusiveScene) -> Result<()> {
     const CALLERS: usize = 1000;
-    // They are this process's.
+    // The callers' sockets belong to this process.
     let limit = getrlimit(Resource::Nofile);
     setrlimit(
         Resource::Nofile,
@@ -41,7 +41,7 @@ async fn slowloris(scene: Alone) -> Result<()> {
     let good = run(&scene.node, annotated("prompt")).await?;
     let (own, other) = (until_listening(&bad).await?, until_listening(&good).await?);
     let kubelet = scene.node.kubelet()?;
-    let within = ebb::kernel::Netns::of_process(kubelet.pid(&bad.containers[0]).await?)?;
+    let within = ebb::linux::netns::Netns::of_process(kubelet.pid(&bad.containers[0]).await?)?;
     let node = SocketAddr::new(NODE_V4.parse()?, agent.port);
     let mut kept = Vec::new();
     for at in [node, own] {
@@ -51,7 +51,7 @@ async fn slowloris(scene: Alone) -> Result<()> {
         let callers: Vec<_> = callers?;
         kept.extend(callers);
     }
-    // From within the other pod, at its own port, and for the node itself.
+    // The other pod's wait, its wait port and the node's own endpoints are still served.
     let begun = Instant::now();
     let out = dial(
         &kubelet,
@@ -66,7 +66,7 @@ async fn slowloris(scene: Alone) -> Result<()> {
         let reply = agent.get(path).await?;
         ensure!(reply.status == 200, "{path}: {reply:?}");
     }
-    // The pod's own share is what is left of it: the kubelet is heard there, too.
+    // The kubelet is still served on the busy pod's own port, too.
     let reply = http::get(own, "/ebb/wait").await?;
     ensure!(reply.status == 200, "{reply:?}");
     ensure!(begun.elapsed() < SOON, "after {:?}", begun.elapsed());
@@ -79,12 +79,12 @@ async fn slowloris(scene: Alone) -> Result<()> {
 fn half_a_request(at: SocketAddr) -> std::io::Result<TcpStream> {
     use std::io::Write as _;
     let mut stream = TcpStream::connect(at)?;
-    // Shown out already, perhaps.
+    // The agent may have closed the connection already.
     let _ = stream.write_all(b"GET /v1/wait HTTP/1.1\r\nHost: ");
     Ok(stream)
 }
 
-async fn too_many(scene: Alone) -> Result<()> {
+async fn too_many(scene: ExclusiveScene) -> Result<()> {
     let agent = scene.agent_in("ebb", &["--quiet", "300ms"]).await?;
     let pod = run(&scene.node, annotated("greedy")).await?;
     let address = until_listening(&pod).await?;
@@ -100,7 +100,7 @@ async fn too_many(scene: Alone) -> Result<()> {
     }
     let reply = http::get(address, "/ebb/wait").await?;
     ensure!(reply.status == 429, "{reply:?}");
-    // By the other door it is the same pod.
+    // Waits on the node port and on the pod's port count together.
     let node = format!("http://{NODE_V4}:{}/v1/wait", agent.port);
     let out = dial(&scene.node.kubelet()?, &pod.containers[0], node).await??;
     let said = String::from_utf8_lossy(&out.stdout);

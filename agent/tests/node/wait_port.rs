@@ -1,20 +1,19 @@
 //! The wait port inside pods: `preStop.httpGet` without a host.
 //!
-//! Every agent of the node listens inside every pod that asks for it, so these trials have the node for
-//! themselves.
+//! Every agent on the node listens inside every pod with a wait port, so these trials have the node to themselves.
 
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::report::{LookKind, ReleaseReason, Report},
+use ebb::linux::netns::Netns;
+use ebb_core::{
+    drain_report::{ReleaseReason, ReleasedBy, Report},
     flow::Exempt,
-    kernel::Netns,
 };
-use ebb_node::{
+use ebb_testkit::{
     api_server::ApiServer,
     http,
-    kubelet::{Pod, PodSpec, PreStop},
+    kubelet::{PodSpec, PreStop, StartedPod},
 };
 use futures_util::{StreamExt as _, TryStreamExt as _, future::try_join_all, stream};
 use libtest_mimic::Trial;
@@ -29,9 +28,11 @@ use tokio::{
 use crate::{
     agent::{Agent, NODE_NAME},
     hold::stop,
-    off_node::{NEAR, OffNode},
+    off_node::{NODE_ADDRESS, OffNode},
     peer::Peer,
-    scene::{Alone, NODE_V4, SECOND, SOON, eventually, free_port, run, server, trial_alone},
+    scene::{
+        ExclusiveScene, NODE_V4, SECOND, SOON, eventually, free_port, run, server, trial_alone,
+    },
     track::dial,
 };
 
@@ -40,58 +41,55 @@ pub(crate) const PORT: u16 = 9690;
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial_alone(
-            "a_pre_stop_get_waits_for_its_pod_however_the_port_is_declared",
+            "a_pre_stop_get_waits_for_its_pod_however_its_port_is_declared",
             declared,
         ),
         trial_alone(
-            "a_wait_port_serves_both_families_and_none_but_node_and_pod",
+            "a_wait_port_serves_both_families_and_only_the_node_and_its_pod",
             who_may,
         ),
-        trial_alone("who_is_not_on_the_node_waits_for_nobody", off_node),
+        trial_alone("a_caller_outside_the_node_may_not_wait", off_node),
         trial_alone(
-            "a_wait_may_end_before_the_drain_and_never_after",
+            "a_wait_with_its_own_until_or_timeout_may_end_before_the_drain",
             until_and_text,
         ),
         trial_alone(
-            "wait_ports_outlive_the_agent_and_the_sandbox_and_go_with_the_pod",
+            "wait_ports_return_with_the_next_agent_or_sandbox_and_close_with_the_pod",
             restarts,
         ),
         trial_alone("an_application_keeps_its_port", taken),
         trial_alone(
-            "an_application_that_takes_the_wait_port_is_told_of",
+            "an_event_reports_an_application_that_takes_the_wait_port",
             taken_back,
         ),
-        trial_alone(
-            "a_wait_port_that_can_not_be_had_for_now_is_tried_again",
-            failing,
-        ),
-        trial_alone("wait_ports_cost_no_threads", many),
+        trial_alone("a_wait_port_that_cannot_be_opened_is_tried_again", failing),
+        trial_alone("wait_ports_need_no_threads", many),
     ]
 }
 
-/// A hook that waits there.
-pub(crate) fn get(port: u16) -> PreStop {
+/// A preStop hook that waits on the pod's wait port.
+pub(crate) fn hook(port: u16) -> PreStop {
     PreStop::HttpGet {
         port,
         path: "/ebb/wait".into(),
     }
 }
 
-/// A pod that asks by annotation.
+/// A pod that declares a wait port by annotation.
 pub(crate) fn annotated(name: &str) -> PodSpec {
     PodSpec::new(name)
         .annotation("ebb.dev/wait-port", &PORT.to_string())
         .container(server("app", 8080))
 }
 
-/// Waits until ebb listens there.
-pub(crate) async fn until_listening(pod: &Pod) -> Result<SocketAddr> {
+/// Waits until ebb listens on the pod's wait port.
+pub(crate) async fn until_listening(pod: &StartedPod) -> Result<SocketAddr> {
     let address = pod.v4(PORT)?;
     http::until_open(address, SOON).await?;
     Ok(address)
 }
 
-/// A GET from the host's network, as the kubelet makes it.
+/// Waits from the host's network, as the kubelet does.
 fn wait(address: SocketAddr) -> JoinHandle<Result<Report>> {
     tokio::spawn(async move {
         let reply = http::get(address, "/ebb/wait").await?;
@@ -100,8 +98,8 @@ fn wait(address: SocketAddr) -> JoinHandle<Result<Report>> {
     })
 }
 
-/// A GET whose headers are the trial's.
-pub(crate) async fn ask(address: SocketAddr, target: &str, header: &str) -> Result<String> {
+/// Sends a GET with this header, and returns the raw answer.
+pub(crate) async fn raw_get(address: SocketAddr, target: &str, header: &str) -> Result<String> {
     let mut stream = TcpStream::connect(address).await?;
     let request = format!("GET {target} HTTP/1.1\r\nHost: pod\r\n{header}\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
@@ -110,18 +108,18 @@ pub(crate) async fn ask(address: SocketAddr, target: &str, header: &str) -> Resu
     Ok(answer)
 }
 
-async fn declared(scene: Alone) -> Result<()> {
+async fn declared(scene: ExclusiveScene) -> Result<()> {
     let agent = scene.agent_in("ebb", &["--quiet", "300ms"]).await?;
     let by_annotation = annotated("by-annotation");
-    let annotated = by_annotation.containers[0].clone().pre_stop(get(PORT));
+    let annotated = by_annotation.containers[0].clone().pre_stop(hook(PORT));
     let pods = [
         PodSpec {
             containers: vec![annotated],
             ..by_annotation
         },
-        PodSpec::new("by-hook").container(server("app", 8080).pre_stop(get(PORT))),
+        PodSpec::new("by-hook").container(server("app", 8080).pre_stop(hook(PORT))),
         PodSpec::new("by-name")
-            .container(server("app", 8080).port("drain", PORT).pre_stop(get(PORT))),
+            .container(server("app", 8080).port("drain", PORT).pre_stop(hook(PORT))),
     ];
     let mut looked_up = 0;
     for spec in pods {
@@ -137,7 +135,7 @@ async fn declared(scene: Alone) -> Result<()> {
         );
         sleep(SECOND).await;
         ensure!(!stopping.is_finished(), "{name}: the hook has ended");
-        // The kubelet's own connection does not hold what it waits for, and did not arrive.
+        // The kubelet's own connection does not hold the drain, and is not counted as arrived.
         let flows = agent.flows(&name).await?;
         let (own, others): (Vec<_>, Vec<_>) = flows.iter().partition(|f| f.local.port() == PORT);
         ensure!(
@@ -156,16 +154,16 @@ async fn declared(scene: Alone) -> Result<()> {
             report.arrived == Some(0) && report.ended == Some(1),
             "{report:?}"
         );
-        looked_up += u32::from(report.released_by == Some(LookKind::Lookup));
+        looked_up += u32::from(report.released_by == Some(ReleasedBy::Lookup));
     }
-    // Now and then an edge is late, and then a walk releases. The kubelet's own connection is no such edge.
+    // Sometimes an event is late, and then a dump releases. The kubelet's own connection causes no such event.
     ensure!(looked_up > 0, "no release was by lookups");
-    // The kubelet gives up nothing: the answer has to come before the grace period is over.
+    // The kubelet does not cancel the hook: the answer has to come before the grace period is over.
     let pod = run(
         &scene.node,
         PodSpec::new("short")
             .grace(6 * SECOND)
-            .container(server("app", 8080).pre_stop(get(PORT))),
+            .container(server("app", 8080).pre_stop(hook(PORT))),
     )
     .await?;
     until_listening(&pod).await?;
@@ -179,25 +177,25 @@ async fn declared(scene: Alone) -> Result<()> {
     agent.stop().await
 }
 
-async fn who_may(scene: Alone) -> Result<()> {
+async fn who_may(scene: ExclusiveScene) -> Result<()> {
     let agent = scene.agent_in("ebb", &["--quiet", "300ms"]).await?;
     let pod = run(&scene.node, annotated("both-families")).await?;
     let other = run(&scene.node, annotated("neighbour")).await?;
     let v4 = until_listening(&pod).await?;
     let kubelet = scene.node.kubelet()?;
-    // Another pod has no business there, and on the host's network it looks like the kubelet but for its cgroup.
+    // Another pod may not wait here. On the host's network, only its cgroup distinguishes it from the kubelet.
     let on_host = PodSpec::new("on-the-host").host_network();
     let on_host = run(&scene.node, on_host.container(server("app", free_port()))).await?;
     for caller in [&other, &on_host] {
         let url = format!("http://{v4}/ebb/wait");
         let out = dial(&kubelet, &caller.containers[0], url).await??;
         ensure!(
-            String::from_utf8_lossy(&out.stdout).contains("nobody else can wait"),
+            String::from_utf8_lossy(&out.stdout).contains("only the pod itself and its node"),
             "{out:?}"
         );
     }
-    // Nor has who is in the cgroup of a pod that nobody has told ebb of.
-    let cgroup = scene.node.place().cgroup("kubepods/pod-of-nobody");
+    // Nor may a process in the cgroup of a pod that ebb does not know.
+    let cgroup = scene.node.paths().cgroup("kubepods/pod-unknown");
     std::fs::create_dir_all(&cgroup)?;
     let script = format!(
         "echo $$ > {}/cgroup.procs; exec 3<>/dev/tcp/{}/{PORT}; \
@@ -209,7 +207,7 @@ async fn who_may(scene: Alone) -> Result<()> {
     let asking = asking.args(["-c", &script]).kill_on_drop(true).output();
     let out = timeout(SOON, asking).await??;
     ensure!(
-        String::from_utf8_lossy(&out.stdout).contains("nobody else can wait"),
+        String::from_utf8_lossy(&out.stdout).contains("only the pod itself and its node"),
         "{out:?}"
     );
     std::fs::remove_dir(&cgroup)?;
@@ -246,7 +244,7 @@ async fn who_may(scene: Alone) -> Result<()> {
     agent.stop().await
 }
 
-async fn off_node(scene: Alone) -> Result<()> {
+async fn off_node(scene: ExclusiveScene) -> Result<()> {
     let port = free_port();
     let all = format!("0.0.0.0:{port}");
     let agent = scene
@@ -254,10 +252,10 @@ async fn off_node(scene: Alone) -> Result<()> {
         .await?;
     let pod = run(&scene.node, annotated("far-away")).await?;
     let inside = until_listening(&pod).await?;
-    let node = SocketAddr::new(NEAR.parse()?, port);
+    let node = SocketAddr::new(NODE_ADDRESS.parse()?, port);
     for (at, says) in [
         (node, "no pod of this node made the connection"),
-        (inside, "nobody else can wait"),
+        (inside, "only the pod itself and its node"),
     ] {
         let answer = tokio::task::block_in_place(|| {
             let far = OffNode::new()?;
@@ -270,7 +268,7 @@ async fn off_node(scene: Alone) -> Result<()> {
     agent.stop().await
 }
 
-async fn until_and_text(scene: Alone) -> Result<()> {
+async fn until_and_text(scene: ExclusiveScene) -> Result<()> {
     let agent = scene
         .agent_in("ebb", &["--quiet", "300ms", "--idle-after", "1s"])
         .await?;
@@ -283,7 +281,7 @@ async fn until_and_text(scene: Alone) -> Result<()> {
         ),
         ("timeout=30", "timeout is not a duration"),
     ] {
-        let answer = ask(address, &format!("/ebb/wait?{query}"), "Accept: */*").await?;
+        let answer = raw_get(address, &format!("/ebb/wait?{query}"), "Accept: */*").await?;
         ensure!(answer.starts_with("HTTP/1.1 400"), "{answer}");
         ensure!(answer.contains(&says.replace('"', "\\\"")), "{answer}");
     }
@@ -295,7 +293,7 @@ async fn until_and_text(scene: Alone) -> Result<()> {
     let mut slow = Peer::asking(pod.v4(8080)?, "/slow?ms=5000").await?;
     let full = wait(address);
     agent.until_draining("less").await?;
-    let settled = ask(address, "/ebb/wait?until=settled", "Accept: text/plain").await?;
+    let settled = raw_get(address, "/ebb/wait?until=settled", "Accept: text/plain").await?;
     ensure!(settled.contains("text/plain"), "{settled}");
     ensure!(
         settled.contains("default/less: still draining after"),
@@ -303,8 +301,12 @@ async fn until_and_text(scene: Alone) -> Result<()> {
     );
     let (_, body) = settled.split_once("\r\n\r\n").context("no body")?;
     ensure!(body.lines().count() == 1, "{body}");
-    // Its only flow is live until it has its answer and rests.
-    let idle = tokio::spawn(ask(address, "/ebb/wait?until=idle", "Accept: text/plain"));
+    // Its only flow is live until it has its answer and has been quiet.
+    let idle = tokio::spawn(raw_get(
+        address,
+        "/ebb/wait?until=idle",
+        "Accept: text/plain",
+    ));
     slow.answer("slow\n").await?;
     ensure!(!idle.is_finished(), "the flow was live");
     let idle = idle.await??;
@@ -312,21 +314,21 @@ async fn until_and_text(scene: Alone) -> Result<()> {
         idle.contains("still draining") && idle.contains("1 idle"),
         "{idle}"
     );
-    let timed = ask(address, "/ebb/wait?timeout=100ms", "Accept: */*").await?;
+    let timed = raw_get(address, "/ebb/wait?timeout=100ms", "Accept: */*").await?;
     ensure!(timed.contains("\"phase\":\"drain\""), "{timed}");
     ensure!(
         !full.is_finished(),
-        "somebody else's impatience ended a wait"
+        "the timeout of another wait ended this one"
     );
     drop(slow);
     let report = full.await??;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
-    let late = ask(address, "/ebb/wait?until=settled", "Accept: text/plain").await?;
+    let late = raw_get(address, "/ebb/wait?until=settled", "Accept: text/plain").await?;
     ensure!(late.contains(": Drained: in "), "{late}");
     agent.stop().await
 }
 
-async fn restarts(scene: Alone) -> Result<()> {
+async fn restarts(scene: ExclusiveScene) -> Result<()> {
     let agent = scene.agent_in("ebb", &["--quiet", "300ms"]).await?;
     let kubelet = scene.node.kubelet()?;
     let pod = run(&scene.node, annotated("comes-back")).await?;
@@ -338,12 +340,12 @@ async fn restarts(scene: Alone) -> Result<()> {
     let report = wait(address).await??;
     ensure!(report.pod.uid.as_str() == pod.spec.uid, "{report:?}");
 
-    // The listener would keep the namespace of a sandbox that is gone.
+    // An open listener would keep the namespace of a sandbox that is gone.
     let netns = kubelet.pid(&pod.containers[0]).await?;
     let netns = Netns::of_process(netns)?;
     let stop = stop(kubelet.clone(), &pod, 5 * SECOND).await?;
     ensure!(stop.error().is_none(), "{stop:?}");
-    eventually("the port is given back", async || {
+    eventually("the port is free", async || {
         Ok(netns.run(|| Ok(is_free()))?.then_some(()))
     })
     .await?;
@@ -352,9 +354,9 @@ async fn restarts(scene: Alone) -> Result<()> {
     let again = run(&scene.node, pod.spec.clone()).await?;
     ensure!(again.sandbox_id != pod.sandbox_id);
     let address = until_listening(&again).await?;
-    // Not the answer to the wait before it.
+    // The answer is not that of the old pod's wait.
     let peer = Peer::served(again.v4(8080)?).await?;
-    let out = ask(address, "/ebb/wait?timeout=500ms", "Accept: */*").await?;
+    let out = raw_get(address, "/ebb/wait?timeout=500ms", "Accept: */*").await?;
     ensure!(
         out.starts_with("HTTP/1.1 200") && out.contains(&again.spec.uid),
         "{out}"
@@ -375,9 +377,9 @@ fn is_free() -> bool {
     std::net::TcpListener::bind(("0.0.0.0", PORT)).is_ok()
 }
 
-async fn taken(scene: Alone) -> Result<()> {
+async fn taken(scene: ExclusiveScene) -> Result<()> {
     let kubelet = scene.node.kubelet()?;
-    // The application is there first, and ebb comes later.
+    // The application listens first, and ebb tries later.
     let spec = PodSpec::new("taken")
         .annotation("ebb.dev/wait-port", "8080")
         .container(server("app", 8080));
@@ -394,7 +396,7 @@ async fn taken(scene: Alone) -> Result<()> {
     );
     let reply = http::get(pod.v4(8080)?, "/").await?;
     ensure!(reply.body == "ok\n", "not the application: {reply:?}");
-    // Its flows are its own, and hold.
+    // The application's flows are not exempt: they hold.
     let peer = Peer::served(pod.v4(8080)?).await?;
     let flows = agent.flows("taken").await?;
     ensure!(
@@ -404,7 +406,7 @@ async fn taken(scene: Alone) -> Result<()> {
     let log = std::fs::read_to_string(agent.log())?;
     ensure!(log.matches("wait port 8080").count() == 1, "{log}");
 
-    // ebb is there first: a container that starts again finds the port free.
+    // ebb listens first: when the container restarts, it finds the port free.
     let spec = PodSpec::new("restarted")
         .annotation("ebb.dev/wait-port", &PORT.to_string())
         .container(server("app", 8080));
@@ -414,7 +416,7 @@ async fn taken(scene: Alone) -> Result<()> {
         .stop_container(&pod.containers[0].clone(), SECOND)
         .await?;
     kubelet.restart(&mut pod, "app", 1).await?;
-    eventually("the port is given back", async || {
+    eventually("the port is free", async || {
         Ok(TcpStream::connect(address).await.is_err().then_some(()))
     })
     .await?;
@@ -422,10 +424,10 @@ async fn taken(scene: Alone) -> Result<()> {
     agent.stop().await
 }
 
-/// A new version of the application wants the port that ebb has, fails for it once, and then has it.
-async fn taken_back(scene: Alone) -> Result<()> {
+/// A new version of the application binds ebb's wait port: it fails once, and then succeeds.
+async fn taken_back(scene: ExclusiveScene) -> Result<()> {
     let api = ApiServer::start(([127, 0, 0, 1], free_port()).into()).await?;
-    let agent = scene.agent_of(&api, &["--quiet", "300ms"]).await?;
+    let agent = scene.agent_with_api(&api, &["--quiet", "300ms"]).await?;
     let kubelet = scene.node.kubelet()?;
     let spec = annotated("wants-it");
     api.create(&spec, NODE_NAME);
@@ -435,26 +437,26 @@ async fn taken_back(scene: Alone) -> Result<()> {
     let old = pod.containers[0].clone();
     kubelet.stop_container(&old, SECOND).await?;
     kubelet.restart(&mut pod, "app", 1).await?;
-    eventually("the port is given back", async || {
+    eventually("the port is free", async || {
         Ok(TcpStream::connect(address).await.is_err().then_some(()))
     })
     .await?;
     kubelet.restart(&mut pod, "app", 2).await?;
     http::until_open(address, SOON).await?;
-    // The next agent finds it taken at once; this one would in a minute.
+    // The next agent finds the port in use at once; this one would in a minute.
     agent.stop().await?;
-    let agent = scene.agent_of(&api, &["--quiet", "300ms"]).await?;
+    let agent = scene.agent_with_api(&api, &["--quiet", "300ms"]).await?;
     let events = || {
         let mut events = api.events();
         events.retain(|e| e["regarding"]["uid"] == pod.spec.uid.as_str());
         events
     };
-    let told = |reason: &'static str| {
-        eventually("it is told", async move || {
+    let event = |reason: &'static str| {
+        eventually("the Event is written", async move || {
             Ok(events().into_iter().find(|e| e["reason"] == reason))
         })
     };
-    let taken = told("WaitPortTaken").await?;
+    let taken = event("WaitPortTaken").await?;
     let note = taken["note"].as_str().unwrap_or_default();
     ensure!(
         note.starts_with("wait port 9690: another process"),
@@ -464,7 +466,7 @@ async fn taken_back(scene: Alone) -> Result<()> {
         http::get(address, "/").await?.body == "ok\n",
         "not the application"
     );
-    // A drain does not tell of it again, as if it were about the policy.
+    // A drain does not repeat it as a warning about the policy.
     let wait = dial(
         &kubelet,
         &pod.containers[0],
@@ -472,25 +474,32 @@ async fn taken_back(scene: Alone) -> Result<()> {
     );
     ensure!(wait.await??.status == 0);
     ensure!(agent.drain("wants-it").await?.warnings.is_empty());
-    told("Drained").await?;
+    event("Drained").await?;
     let reasons: Vec<_> = events().iter().map(|e| e["reason"].clone()).collect();
     ensure!(!reasons.iter().any(|r| r == "PolicyInvalid"), "{reasons:?}");
     agent.stop().await
 }
 
-async fn failing(scene: Alone) -> Result<()> {
+async fn failing(scene: ExclusiveScene) -> Result<()> {
     let agent = scene.agent_in("ebb", &["--quiet", "300ms"]).await?;
-    // It has all the descriptors that it may have.
     let pid = Pid::from_raw(agent.pid()?.cast_signed());
-    let open = std::fs::read_dir(format!("/proc/{}/fd", agent.pid()?))?.count();
-    // Before the pod is there, and the CLI can't be used any more.
+    let descriptors = format!("/proc/{}/fd", agent.pid()?);
+    // The agent has then counted the connections that are older than itself.
+    let mut open = 0;
+    eventually("it opens nothing more", async || {
+        let before = std::mem::replace(&mut open, std::fs::read_dir(&descriptors)?.count());
+        tokio::time::sleep(SECOND / 2).await;
+        Ok((before == open).then_some(()))
+    })
+    .await?;
+    // From here on, before the pod exists, the agent can open no file and the CLI can't connect.
     let none_left = Rlimit {
-        current: Some(open.try_into()?),
+        current: Some(3),
         ..getrlimit(Resource::Nofile)
     };
     let before = prlimit(pid, Resource::Nofile, none_left)?;
     let pod = run(&scene.node, annotated("later")).await?;
-    eventually("it says what is wrong", async || {
+    eventually("the agent logs what is wrong", async || {
         let log = std::fs::read_to_string(agent.log())?;
         let mut lines = log
             .lines()
@@ -506,15 +515,15 @@ async fn failing(scene: Alone) -> Result<()> {
     agent.stop().await
 }
 
-async fn many(scene: Alone) -> Result<()> {
-    // More than one address may have looked for at one pod.
+async fn many(scene: ExclusiveScene) -> Result<()> {
+    // More than the callers of one address that the agent resolves at one pod.
     const PODS: usize = 70;
     let agent = scene.agent_in("ebb", &["--quiet", "300ms"]).await?;
     let first = run(&scene.node, annotated("many")).await?;
     until_listening(&first).await?;
     let before = idle_threads(&agent).await?;
     let kubelet = scene.node.kubelet()?;
-    // A sandbox is all that it takes.
+    // A wait port needs a sandbox and no container.
     let specs = (0..PODS).map(|n| {
         PodSpec::new(&format!("many-{n}")).annotation("ebb.dev/wait-port", &PORT.to_string())
     });
@@ -548,7 +557,7 @@ async fn many(scene: Alone) -> Result<()> {
     agent.stop().await
 }
 
-/// The threads of an agent that has nothing to do: those that a look needs end after a while.
+/// The threads of an agent that has nothing to do: those of a dump end after a while.
 async fn idle_threads(agent: &Agent) -> Result<usize> {
     let mut least = usize::MAX;
     for _ in 0..12 {

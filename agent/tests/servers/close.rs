@@ -1,4 +1,4 @@
-//! `idle-flows: close`: no request that had reached the pod is lost.
+//! `idle-flows: close` loses no request that has reached the pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,9 +12,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::{policy::Policy, report::ReleaseReason},
-    flow::FlowState::Idle,
+use ebb_core::{
+    drain_report::ReleaseReason,
+    flow::FlowState::{Awaiting, Idle},
+    policy::Policy,
 };
 use rustix::process::Signal;
 use socket2::{SockFilter, SockRef};
@@ -28,24 +29,25 @@ use tokio::{
 use crate::{
     server,
     support::{
-        drains::{PATIENCE, closing},
+        drains::{TIMEOUT, closing},
         pod::Pod,
     },
 };
 
-trials![
+ebb_testkit::trials![
     close_nginx_loses_none_of_10_000_requests,
     close_axum_loses_none_of_10_000_requests,
     close_a_connection_that_two_processes_hold_ends_for_both,
-    close_a_request_that_comes_before_the_server_has_noticed_never_reaches_it,
-    close_a_flow_that_was_used_after_the_look_is_left_alone,
-    close_a_flow_whose_server_has_a_filter_of_its_own_is_left_alone,
-    close_a_pod_that_did_not_ask_keeps_its_idle_flows,
+    close_a_request_sent_before_the_server_sees_the_close_never_reaches_it,
+    close_a_flow_used_after_the_dump_stays_open,
+    close_a_client_that_has_said_nothing_ends_unless_its_request_comes_first,
+    close_a_flow_whose_server_has_set_a_socket_filter_stays_open,
+    close_a_pod_without_the_policy_keeps_its_idle_flows,
 ];
 
 const REQUESTS: u32 = 10_000;
 const CONNECTIONS: u32 = 200;
-/// As short as may be. Clients think for about as long: many speak when they are about to be closed.
+/// Very short. Clients pause for about as long, so that many send a request while ebb closes their connection.
 const IDLE_AFTER: Duration = Duration::from_millis(100);
 
 fn close_nginx_loses_none_of_10_000_requests() -> Result<()> {
@@ -55,18 +57,18 @@ fn close_nginx_loses_none_of_10_000_requests() -> Result<()> {
             location / { return 200 'hello'; }
             location /slow { proxy_pass http://127.0.0.1:9000/slow; }
         }";
-    loses_none(&Pod::nginx(servers)?, "access")
+    loses_no_request(&Pod::nginx(servers)?, "access")
 }
 
 fn close_axum_loses_none_of_10_000_requests() -> Result<()> {
     let mut pod = Pod::new()?;
     pod.start_own(server::WEB, &[], 8080)?;
-    loses_none(&pod, server::web::LOG)
+    loses_no_request(&pod, server::web::LOG)
 }
 
-/// What clients know of the attempts that they made to get their answers, each of which has a number.
+/// The clients' record of their attempts to get answers. Each attempt has a number.
 #[derive(Default)]
-struct Tally {
+struct Attempts {
     next: AtomicU32,
     attempts: AtomicU32,
     answered: Mutex<BTreeSet<u32>>,
@@ -74,15 +76,14 @@ struct Tally {
     unanswered: Mutex<BTreeMap<u32, String>>,
 }
 
-/// While clients make [`REQUESTS`], a drain after the other closes what is idle. Then what the server wrote
-/// down has to be what was answered: of a request that it has a record of, the whole answer arrived, and one
-/// that was not answered it never saw.
-fn loses_none(pod: &Pod, log: &str) -> Result<()> {
-    let tally = Arc::new(Tally::default());
-    let closed = pod.meet(async |pod| {
+/// While clients make [`REQUESTS`], one drain after the other closes idle flows. Then the server's log must equal the
+/// clients' record: each request in the log got its whole answer, and no other request got one.
+fn loses_no_request(pod: &Pod, log: &str) -> Result<()> {
+    let record = Arc::new(Attempts::default());
+    let closed = pod.with_clients(async |pod| {
         let mut clients = JoinSet::new();
         for n in 0..CONNECTIONS {
-            clients.spawn(client(pod.at(8080), n, Arc::clone(&tally)));
+            clients.spawn(client(pod.at(8080), n, Arc::clone(&record)));
         }
         let mut closed = 0;
         let asking = async {
@@ -103,17 +104,17 @@ fn loses_none(pod: &Pod, log: &str) -> Result<()> {
                 .await;
             let done = tokio::select! {
                 done = &mut asking => Some(done),
-                _ = drain.over() => None,
+                _ = drain.released() => None,
             };
-            let report = drain.over().await?;
+            let report = drain.released().await?;
             closed += report.idle_closed;
             if let Some(done) = done {
                 return done.map(|()| closed);
             }
         }
     })?;
-    let answered = tally.answered.lock().unwrap();
-    let unanswered = tally.unanswered.lock().unwrap();
+    let answered = record.answered.lock().unwrap();
+    let unanswered = record.unanswered.lock().unwrap();
     let seen: BTreeSet<u32> = fs::read_to_string(pod.directory().join(log))?
         .lines()
         .filter_map(|line| line.split("id=").nth(1)?.split(' ').next()?.parse().ok())
@@ -127,10 +128,10 @@ fn loses_none(pod: &Pod, log: &str) -> Result<()> {
         "{} had reached the pod: {lost:?}",
         lost.len()
     );
-    ensure!(seen == *answered, "the server's record is incomplete");
+    ensure!(seen == *answered, "the server's log is incomplete");
     let answers = u32::try_from(answered.len())?;
     ensure!(answers == REQUESTS, "{answers} answers");
-    // Enough for what is lost to be among them.
+    // Fewer would prove little.
     ensure!(closed >= 200, "only {closed} were closed");
     eprintln!(
         "{answers} answers, {closed} idle flows closed, {} requests came too late",
@@ -139,30 +140,30 @@ fn loses_none(pod: &Pod, log: &str) -> Result<()> {
     Ok(())
 }
 
-/// Asks again and again, each request until it is answered, and without looking whether the connection was
-/// closed while it was thinking.
-async fn client(server: SocketAddr, seed: u32, tally: Arc<Tally>) -> Result<()> {
+/// Makes one request after the other and repeats each until it is answered. Does not check before a request whether the
+/// server has closed the connection meanwhile.
+async fn client(server: SocketAddr, seed: u32, record: Arc<Attempts>) -> Result<()> {
     let mut connection = None;
-    while tally.next.fetch_add(1, Ordering::Relaxed) < REQUESTS {
+    while record.next.fetch_add(1, Ordering::Relaxed) < REQUESTS {
         loop {
-            let n = tally.attempts.fetch_add(1, Ordering::Relaxed);
+            let n = record.attempts.fetch_add(1, Ordering::Relaxed);
             let stream = match connection.as_mut() {
                 Some(stream) => stream,
                 None => connection.insert(TcpStream::connect(server).await?),
             };
-            // Every third takes longer than `idle-after`.
+            // Every third answer takes longer than `idle-after`.
             let path = if n.is_multiple_of(3) {
                 "/slow?ms=300&"
             } else {
                 "/?"
             };
-            match timeout(PATIENCE, ask(stream, &format!("{path}id={n}"))).await? {
+            match timeout(TIMEOUT, ask(stream, &format!("{path}id={n}"))).await? {
                 Ok(()) => {
-                    tally.answered.lock().unwrap().insert(n);
+                    record.answered.lock().unwrap().insert(n);
                     break;
                 }
                 Err(error) => {
-                    tally
+                    record
                         .unanswered
                         .lock()
                         .unwrap()
@@ -171,8 +172,8 @@ async fn client(server: SocketAddr, seed: u32, tally: Arc<Tally>) -> Result<()> 
                 }
             }
         }
-        // From 60 to 360 ms, in no order.
-        let n = tally
+        // From 60 to 360 ms, at random.
+        let n = record
             .attempts
             .load(Ordering::Relaxed)
             .wrapping_mul(2_654_435_761)
@@ -182,15 +183,15 @@ async fn client(server: SocketAddr, seed: u32, tally: Arc<Tally>) -> Result<()> 
     Ok(())
 }
 
-/// A connection to the server that has been asked and answered, and is idle.
-async fn answered(pod: &Pod, path: &str) -> Result<TcpStream> {
+/// A connection that is idle after a request and its answer.
+async fn idle_connection(pod: &Pod, path: &str) -> Result<TcpStream> {
     let mut client = TcpStream::connect(pod.at(8080)).await?;
     ask(&mut client, path).await?;
     pod.becomes(Idle).await?;
     Ok(client)
 }
 
-/// One request and its whole answer.
+/// Makes one request and reads its whole answer.
 async fn ask(stream: &mut TcpStream, path: &str) -> Result<()> {
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
     stream
@@ -221,28 +222,28 @@ async fn ask(stream: &mut TcpStream, path: &str) -> Result<()> {
 fn close_a_connection_that_two_processes_hold_ends_for_both() -> Result<()> {
     let mut pod = Pod::new()?;
     pod.start_own(server::INETD, &[], 8080)?;
-    pod.meet(async |pod| {
+    pod.with_clients(async |pod| {
         let mut client = TcpStream::connect(pod.at(8080)).await?;
         client.write_all(b"hello").await?;
         let mut echo = [0; 5];
-        timeout(PATIENCE, client.read_exact(&mut echo)).await??;
+        timeout(TIMEOUT, client.read_exact(&mut echo)).await??;
         pod.becomes(Idle).await?;
         let report = pod.drain(closing()).await.drained(0).await?;
         ensure!(report.idle_closed == 1, "{report:#?}");
         ensure!(
-            timeout(PATIENCE, client.read(&mut echo)).await?? == 0,
+            timeout(TIMEOUT, client.read(&mut echo)).await?? == 0,
             "no end"
         );
         Ok(())
     })
 }
 
-/// Had it reached the server, together with the end of the stream, axum would begin and then give it up.
-fn close_a_request_that_comes_before_the_server_has_noticed_never_reaches_it() -> Result<()> {
+/// If the request reached axum together with the end of the stream, axum would start it and then abandon it.
+fn close_a_request_sent_before_the_server_sees_the_close_never_reaches_it() -> Result<()> {
     let mut pod = Pod::new()?;
     pod.start_own(server::WEB, &[], 8080)?;
-    pod.meet(async |pod| {
-        let mut client = answered(pod, "/?id=1").await?;
+    pod.with_clients(async |pod| {
+        let mut client = idle_connection(pod, "/?id=1").await?;
         pod.signal(Signal::STOP)?;
         let closed = pod.close(pod.flows(IDLE_AFTER).await?).await?;
         ensure!(closed.len() == 1, "{closed:?}");
@@ -251,7 +252,7 @@ fn close_a_request_that_comes_before_the_server_has_noticed_never_reaches_it() -
             .await?;
         sleep(Duration::from_millis(100)).await;
         pod.signal(Signal::CONT)?;
-        let end = timeout(PATIENCE, client.read(&mut [0; 1024])).await??;
+        let end = timeout(TIMEOUT, client.read(&mut [0; 1024])).await??;
         ensure!(end == 0, "an answer");
         let seen = fs::read_to_string(pod.directory().join(server::web::LOG))?;
         ensure!(seen == "id=1\n", "{seen}");
@@ -259,13 +260,13 @@ fn close_a_request_that_comes_before_the_server_has_noticed_never_reaches_it() -
     })
 }
 
-fn close_a_flow_that_was_used_after_the_look_is_left_alone() -> Result<()> {
+fn close_a_flow_used_after_the_dump_stays_open() -> Result<()> {
     let mut pod = Pod::new()?;
     pod.start_own(server::WEB, &[], 8080)?;
-    pod.meet(async |pod| {
-        let mut client = answered(pod, "/").await?;
+    pod.with_clients(async |pod| {
+        let mut client = idle_connection(pod, "/").await?;
         let idle = pod.flows(IDLE_AFTER).await?;
-        // Asked and answered since: it is at rest again, but not as it was.
+        // After another request and its answer it is idle again, but not unchanged.
         ask(&mut client, "/").await?;
         ensure!(pod.close(idle).await?.is_empty(), "closed");
         pod.becomes(Idle).await?;
@@ -277,20 +278,48 @@ fn close_a_flow_that_was_used_after_the_look_is_left_alone() -> Result<()> {
         sleep(Duration::from_millis(50)).await;
         ensure!(pod.close(idle).await?.is_empty(), "closed");
         let mut answer = [0; 1024];
-        let n = timeout(PATIENCE, client.read(&mut answer)).await??;
+        let n = timeout(TIMEOUT, client.read(&mut answer)).await??;
         ensure!(answer[..n].ends_with(b"hello"), "no answer");
         Ok(())
     })
 }
 
-fn close_a_flow_whose_server_has_a_filter_of_its_own_is_left_alone() -> Result<()> {
+fn close_a_client_that_has_said_nothing_ends_unless_its_request_comes_first() -> Result<()> {
     let mut pod = Pod::new()?;
     pod.start_own(server::WEB, &[], 8080)?;
-    pod.meet(async |pod| {
-        let mut client = answered(pod, "/").await?;
+    pod.with_clients(async |pod| {
+        let mut client = TcpStream::connect(pod.at(8080)).await?;
+        pod.becomes(Awaiting).await?;
+        let silent = pod.flows(IDLE_AFTER).await?;
+        // Its first request comes after the dump.
+        client
+            .write_all(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await?;
+        sleep(Duration::from_millis(50)).await;
+        ensure!(pod.close(silent).await?.is_empty(), "closed");
+        let mut answer = [0; 1024];
+        let n = timeout(TIMEOUT, client.read(&mut answer)).await??;
+        ensure!(answer[..n].ends_with(b"hello"), "no answer");
+
+        let mut silent = TcpStream::connect(pod.at(8080)).await?;
+        let report = pod.drain(closing()).await.drained(0).await?;
+        ensure!(report.idle_closed == 2, "{report:#?}");
+        for client in [&mut client, &mut silent] {
+            let end = timeout(TIMEOUT, client.read(&mut answer)).await??;
+            ensure!(end == 0, "no end");
+        }
+        Ok(())
+    })
+}
+
+fn close_a_flow_whose_server_has_set_a_socket_filter_stays_open() -> Result<()> {
+    let mut pod = Pod::new()?;
+    pod.start_own(server::WEB, &[], 8080)?;
+    pod.with_clients(async |pod| {
+        let mut client = idle_connection(pod, "/").await?;
         let socket = pod.socket(client.local_addr()?)?;
         let socket = SockRef::from(&socket);
-        // It takes everything, but it is the server's.
+        // A filter of the server's that accepts everything.
         socket.attach_filter(&[SockFilter::new(0x06, 0, 0, u32::MAX)])?;
         ensure!(
             pod.close(pod.flows(IDLE_AFTER).await?).await?.is_empty(),
@@ -307,19 +336,19 @@ fn close_a_flow_whose_server_has_a_filter_of_its_own_is_left_alone() -> Result<(
     })
 }
 
-fn close_a_pod_that_did_not_ask_keeps_its_idle_flows() -> Result<()> {
+fn close_a_pod_without_the_policy_keeps_its_idle_flows() -> Result<()> {
     let mut pod = Pod::new()?;
     pod.start_own(server::WEB, &[], 8080)?;
-    pod.meet(async |pod| {
-        let mut client = answered(pod, "/").await?;
+    pod.with_clients(async |pod| {
+        let mut client = idle_connection(pod, "/").await?;
         let drain = pod
             .drain(Policy {
-                idle_flows: ebb::drain::policy::IdleFlows::Keep,
+                idle_flows: ebb_core::policy::IdleFlows::Keep,
                 max_hold: Some(Duration::from_millis(2000)),
                 ..closing()
             })
             .await;
-        let report = drain.over().await?;
+        let report = drain.released().await?;
         ensure!(
             report.reason == Some(ReleaseReason::Deadline),
             "{report:#?}"

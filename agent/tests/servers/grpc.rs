@@ -1,11 +1,11 @@
-//! gRPC: a slow call, a stream with pauses, pings.
+//! gRPC: slow calls, streams with pauses, pings.
 
 use std::{future::ready, io, net::Shutdown, time::Duration};
 
 use anyhow::{Result, ensure};
-use ebb::{
-    drain::policy::Policy,
+use ebb_core::{
     flow::FlowState::{Active, Awaiting, Idle},
+    policy::Policy,
 };
 use http::uri::{PathAndQuery, Uri};
 use hyper_util::rt::TokioIo;
@@ -21,19 +21,19 @@ use tower::service_fn;
 use crate::{
     server::{self, Text},
     support::{
-        drains::{IDLE_AFTER, PATIENCE, until_idle},
+        drains::{IDLE_AFTER, TIMEOUT, until_idle},
         pod::Pod,
-        readme::{self, Fate},
+        until_table::{Effect, has_row},
     },
 };
 
-trials![
+ebb_testkit::trials![
     grpc_a_slow_call_is_awaiting,
     grpc_a_slow_call_looks_idle_after_a_ping_of_the_client,
     grpc_a_stream_that_pauses_looks_idle_unless_idle_after_is_longer,
-    grpc_pings_of_the_server_make_it_awaiting,
-    grpc_frequent_pings_make_it_active,
-    grpc_it_looks_idle_once_answered_and_so_does_a_call_beside_an_answered_one,
+    grpc_a_connection_is_awaiting_after_a_ping_of_the_server,
+    grpc_a_connection_with_frequent_pings_is_active,
+    grpc_a_connection_looks_idle_after_an_answer_even_with_another_call_open,
 ];
 
 fn serving(ping_every: &str) -> Result<Pod> {
@@ -46,7 +46,7 @@ fn endpoint(pod: &Pod) -> Result<Endpoint> {
     Ok(Endpoint::from_shared(format!("http://{}", pod.at(8080)))?)
 }
 
-/// A channel and its one connection, to end it by.
+/// A channel, and the socket of its only connection.
 async fn connected(pod: &Pod) -> Result<(Channel, std::net::TcpStream)> {
     connected_by(pod, &endpoint(pod)?).await
 }
@@ -63,7 +63,7 @@ async fn connected_by(pod: &Pod, by: &Endpoint) -> Result<(Channel, std::net::Tc
     Ok((channel, socket))
 }
 
-/// Ends a connection, if its client has not done so by itself.
+/// Ends a connection, unless its client has already done so.
 fn end(socket: &std::net::TcpStream) -> io::Result<()> {
     match socket.shutdown(Shutdown::Both) {
         Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(()),
@@ -71,7 +71,7 @@ fn end(socket: &std::net::TcpStream) -> io::Result<()> {
     }
 }
 
-/// One answer after so long.
+/// Makes a call whose answer takes this long.
 async fn wait(channel: Channel, ms: &str) -> Result<Text> {
     let mut grpc = Grpc::new(channel);
     grpc.ready().await?;
@@ -81,7 +81,7 @@ async fn wait(channel: Channel, ms: &str) -> Result<Text> {
     Ok(answer.into_inner())
 }
 
-/// All events of a stream with such pauses.
+/// Reads all events of a stream with pauses of this length.
 async fn watch(channel: Channel, ms: &str) -> Result<Vec<Text>> {
     let mut grpc = Grpc::new(channel);
     grpc.ready().await?;
@@ -99,7 +99,7 @@ async fn watch(channel: Channel, ms: &str) -> Result<Vec<Text>> {
 }
 
 fn grpc_a_slow_call_is_awaiting() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+    serving("0")?.with_clients(async |pod| {
         let channel = endpoint(pod)?.connect().await?;
         ensure!(wait(channel.clone(), "0").await? == "done");
         let calling = tokio::spawn(wait(channel, "4000"));
@@ -107,67 +107,67 @@ fn grpc_a_slow_call_is_awaiting() -> Result<()> {
         let drain = pod.drain(until_idle()).await;
         pod.stays(Awaiting, 2 * IDLE_AFTER).await?;
         drain.is_held().await?;
-        ensure!(timeout(PATIENCE, calling).await??? == "done");
-        readme::says(
+        ensure!(timeout(TIMEOUT, calling).await??? == "done");
+        has_row(
             "HTTP/2, gRPC: a request unanswered, nothing else said",
             Awaiting,
-            &Fate::Held,
+            &Effect::Held,
         )
     })
 }
 
 fn grpc_a_slow_call_looks_idle_after_a_ping_of_the_client() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+    serving("0")?.with_clients(async |pod| {
         let pinging = endpoint(pod)?.http2_keep_alive_interval(Duration::from_millis(1500));
         let channel = pinging.connect().await?;
         ensure!(wait(channel.clone(), "0").await? == "done");
         let calling = tokio::spawn(wait(channel, "6000"));
-        pod.comes_to(Idle, &[Active, Awaiting]).await?;
-        // The answer to the ping is the pod's last word.
+        pod.becomes_after(Idle, &[Active, Awaiting]).await?;
+        // The pod sent last, because it answered the ping.
         pod.drain(until_idle()).await.drained(1).await?;
         ensure!(!calling.is_finished(), "answered");
-        ensure!(timeout(PATIENCE, calling).await??? == "done");
-        readme::says(
+        ensure!(timeout(TIMEOUT, calling).await??? == "done");
+        has_row(
             "HTTP/2, gRPC: a request unanswered, pings of the client further apart than `idle-after`",
             Idle,
-            &Fate::Lost("`idle-after` above the interval of pings"),
+            &Effect::Lost("`idle-after` above the interval of pings"),
         )
     })
 }
 
 fn grpc_a_stream_that_pauses_looks_idle_unless_idle_after_is_longer() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+    serving("0")?.with_clients(async |pod| {
         let channel = endpoint(pod)?.connect().await?;
         let watching = tokio::spawn(watch(channel.clone(), "2500"));
         pod.drain(until_idle()).await.drained(1).await?;
         ensure!(!watching.is_finished());
-        let patient = Policy {
+        let longer = Policy {
             idle_after: Duration::from_secs(4),
             ..until_idle()
         };
-        let drain = pod.drain(patient).await;
-        ensure!(timeout(PATIENCE, watching).await???.len() == 3);
+        let drain = pod.drain(longer).await;
+        ensure!(timeout(TIMEOUT, watching).await???.len() == 3);
         drain.is_held().await?;
-        readme::says(
+        has_row(
             "An answer in pieces, a pause above `idle-after`",
             Idle,
-            &Fate::Lost("`idle-after` above the longest pause"),
+            &Effect::Lost("`idle-after` above the longest pause"),
         )
     })
 }
 
-fn grpc_it_looks_idle_once_answered_and_so_does_a_call_beside_an_answered_one() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+fn grpc_a_connection_looks_idle_after_an_answer_even_with_another_call_open() -> Result<()> {
+    serving("0")?.with_clients(async |pod| {
         let (channel, socket) = connected(pod).await?;
         for _ in 0..2 {
             ensure!(wait(channel.clone(), "0").await? == "done");
         }
-        pod.comes_to(Idle, &[Active, Awaiting]).await?;
+        pod.becomes_after(Idle, &[Active, Awaiting]).await?;
         pod.drain(until_idle()).await.drained(1).await?;
-        readme::says(
+        has_row(
             "HTTP/2, gRPC: nothing under way, no pings of the server",
             Idle,
-            &Fate::CutHarmlessly,
+            &Effect::CutHarmlessly,
         )?;
         let calling = tokio::spawn(wait(channel.clone(), "4000"));
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -175,58 +175,58 @@ fn grpc_it_looks_idle_once_answered_and_so_does_a_call_beside_an_answered_one() 
         pod.becomes(Idle).await?;
         pod.drain(until_idle()).await.drained(1).await?;
         ensure!(!calling.is_finished(), "answered");
-        ensure!(timeout(PATIENCE, calling).await??? == "done");
+        ensure!(timeout(TIMEOUT, calling).await??? == "done");
         end(&socket)?;
-        readme::says(
+        has_row(
             "HTTP/2, gRPC: a request unanswered beside an answered one",
             Idle,
-            &Fate::Lost("`idle-after` above the longest answer"),
+            &Effect::Lost("`idle-after` above the longest answer"),
         )
     })
 }
 
-fn grpc_frequent_pings_make_it_active() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+fn grpc_a_connection_with_frequent_pings_is_active() -> Result<()> {
+    serving("0")?.with_clients(async |pod| {
         let pinging = endpoint(pod)?
             .http2_keep_alive_interval(Duration::from_millis(100))
             .keep_alive_while_idle(true);
         let (channel, socket) = connected_by(pod, &pinging).await?;
         ensure!(wait(channel.clone(), "0").await? == "done");
-        // Wide, since a busy machine makes intervals longer.
-        let wide = Policy {
+        // Long, because a busy machine makes intervals longer.
+        let longer = Policy {
             idle_after: Duration::from_secs(2),
             ..until_idle()
         };
-        let drain = pod.drain(wide).await;
+        let drain = pod.drain(longer).await;
         drain.stays_held(Duration::from_millis(3000)).await?;
         pod.is_active().await?;
         drop(channel);
         end(&socket)?;
         drain.drained(0).await?;
-        readme::says(
+        has_row(
             "WebSocket, HTTP/2, gRPC: pings more frequent than `idle-after`, whatever is open",
             Active,
-            &Fate::Held,
+            &Effect::Held,
         )
     })
 }
 
-fn grpc_pings_of_the_server_make_it_awaiting() -> Result<()> {
-    serving("1500")?.meet(async |pod| {
+fn grpc_a_connection_is_awaiting_after_a_ping_of_the_server() -> Result<()> {
+    serving("1500")?.with_clients(async |pod| {
         let (channel, socket) = connected(pod).await?;
         ensure!(wait(channel.clone(), "0").await? == "done");
-        pod.comes_to(Awaiting, &[Active, Idle]).await?;
+        pod.becomes_after(Awaiting, &[Active, Idle]).await?;
         let drain = pod.drain(until_idle()).await;
-        // Nothing is under way, but bytes can't tell.
+        // No call is open, but ebb can't see that in the bytes.
         drain.stays_held(Duration::from_millis(4000)).await?;
         drop(channel);
         // A channel that is dropped does not always close its connection.
         end(&socket)?;
         drain.drained(0).await?;
-        readme::says(
+        has_row(
             "WebSocket, HTTP/2, gRPC: after a ping of the server, whatever is open",
             Awaiting,
-            &Fate::Held,
+            &Effect::Held,
         )
     })
 }

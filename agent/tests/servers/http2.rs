@@ -1,10 +1,10 @@
-//! HTTP/2 with nginx: several requests on a connection.
+//! HTTP/2 with nginx: several requests on one connection.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bytes::Bytes;
-use ebb::flow::FlowState::{Awaiting, Idle};
+use ebb_core::flow::FlowState::{Awaiting, Idle};
 use http::Request;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::client::conn::http2::{SendRequest, handshake};
@@ -12,12 +12,12 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::support::{
-    drains::{IDLE_AFTER, PATIENCE, until_idle},
+    drains::{IDLE_AFTER, TIMEOUT, until_idle},
     pod::Pod,
-    readme::{self, Fate},
+    until_table::{Effect, has_row},
 };
 
-trials![http2_a_request_is_awaiting_alone_and_looks_idle_beside_an_answered_one];
+ebb_testkit::trials![http2_a_request_is_awaiting_alone_and_looks_idle_beside_an_answered_one];
 
 const NGINX: &str = "
     server {
@@ -34,16 +34,16 @@ async fn get(mut client: SendRequest<Empty<Bytes>>, path: &'static str) -> Resul
 }
 
 fn http2_a_request_is_awaiting_alone_and_looks_idle_beside_an_answered_one() -> Result<()> {
-    Pod::nginx(NGINX)?.meet(async |pod| {
+    Pod::nginx(NGINX)?.with_clients(async |pod| {
         let tcp = TcpStream::connect(pod.at(8080)).await?;
         let (client, driver) = handshake(TokioExecutor::new(), TokioIo::new(tcp)).await?;
         tokio::spawn(driver);
-        // The client's last word acknowledges the server's settings.
+        // The client sent last, because it acknowledged the server's settings.
         pod.becomes(Awaiting).await?;
-        readme::says(
+        has_row(
             "HTTP/2 with nginx: connected, nothing asked",
             Awaiting,
-            &Fate::Held,
+            &Effect::Held,
         )?;
         let calling = tokio::spawn(get(client.clone(), "/api/slow?ms=4000"));
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -51,13 +51,13 @@ fn http2_a_request_is_awaiting_alone_and_looks_idle_beside_an_answered_one() -> 
         let drain = pod.drain(until_idle()).await;
         pod.stays(Awaiting, 2 * IDLE_AFTER).await?;
         drain.is_held().await?;
-        ensure!(&*timeout(PATIENCE, calling).await??? == b"slow\n");
+        ensure!(&*timeout(TIMEOUT, calling).await??? == b"slow\n");
         pod.becomes(Idle).await?;
         drain.drained(1).await?;
-        readme::says(
+        has_row(
             "HTTP/2, gRPC: nothing under way, no pings of the server",
             Idle,
-            &Fate::CutHarmlessly,
+            &Effect::CutHarmlessly,
         )?;
 
         let calling = tokio::spawn(get(client.clone(), "/api/slow?ms=4000"));
@@ -66,11 +66,11 @@ fn http2_a_request_is_awaiting_alone_and_looks_idle_beside_an_answered_one() -> 
         pod.becomes(Idle).await?;
         pod.drain(until_idle()).await.drained(1).await?;
         ensure!(!calling.is_finished(), "answered");
-        ensure!(&*timeout(PATIENCE, calling).await??? == b"slow\n");
-        readme::says(
+        ensure!(&*timeout(TIMEOUT, calling).await??? == b"slow\n");
+        has_row(
             "HTTP/2, gRPC: a request unanswered beside an answered one",
             Idle,
-            &Fate::Lost("`idle-after` above the longest answer"),
+            &Effect::Lost("`idle-after` above the longest answer"),
         )
     })
 }

@@ -10,19 +10,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::flow::FlowState::{Awaiting, Idle};
-use ebb_node::parts::Parts;
+use ebb_core::flow::FlowState::{Awaiting, Idle};
+use ebb_testkit::parts::Parts;
 use rustix::mount::mount_bind;
 use tokio::time::timeout;
 use tokio_postgres::{Client, NoTls};
 
 use crate::support::{
-    drains::{IDLE_AFTER, PATIENCE, closing, until_idle},
+    drains::{IDLE_AFTER, TIMEOUT, closing, until_idle},
     pod::Pod,
-    readme::{self, Fate},
+    until_table::{Effect, has_row},
 };
 
-trials![postgres_a_query_is_awaiting_and_an_open_transaction_or_a_listener_looks_idle];
+ebb_testkit::trials![postgres_a_query_is_awaiting_and_an_open_transaction_or_a_listener_looks_idle];
 
 /// `nobody`: PostgreSQL refuses to run as root.
 const NOBODY: u32 = 65534;
@@ -33,11 +33,11 @@ const AS_NOBODY: &[&str] = &[
     "--clear-groups",
 ];
 
-/// PostgreSQL's programs where `nobody` can get at them, whoever's home the repository is in.
+/// PostgreSQL's programs in a directory that `nobody` can read, because the repository may be in a home directory.
 static PROGRAMS: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
     let find = || {
         let programs = Parts::find()?.postgresql();
-        // As a whole: the programs find the rest of it relative to themselves.
+        // All of `usr`, because the programs find their files relative to themselves.
         let prefix = programs.ancestors().nth(4).context("no prefix")?;
         let target = Path::new("/run/ebb-servers/usr");
         fs::create_dir_all(target)?;
@@ -84,7 +84,7 @@ fn serving() -> Result<Pod> {
 async fn connect(pod: &Pod) -> Result<Client> {
     let (address, port) = (pod.at(8080).ip(), pod.at(8080).port());
     let config = format!("host={address} port={port} user=nobody dbname=postgres");
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     loop {
         match tokio_postgres::connect(&config, NoTls).await {
             Ok((client, connection)) => {
@@ -99,35 +99,35 @@ async fn connect(pod: &Pod) -> Result<Client> {
 }
 
 fn postgres_a_query_is_awaiting_and_an_open_transaction_or_a_listener_looks_idle() -> Result<()> {
-    serving()?.meet(async |pod| {
+    serving()?.with_clients(async |pod| {
         let client = connect(pod).await?;
         pod.is_active().await?;
         pod.becomes(Idle).await?;
-        readme::says(
+        has_row(
             "PostgreSQL, Redis: nothing under way",
             Idle,
-            &Fate::CutHarmlessly,
+            &Effect::CutHarmlessly,
         )?;
 
         let received = pod.received().await?;
         let drain = {
             let query = client.batch_execute("SELECT pg_sleep(4)");
             let look = async {
-                pod.is_asked(received).await?;
+                pod.receives_more_than(received).await?;
                 pod.becomes(Awaiting).await?;
                 let drain = pod.drain(until_idle()).await;
                 pod.stays(Awaiting, 2 * IDLE_AFTER).await?;
                 drain.is_held().await?;
                 anyhow::Ok(drain)
             };
-            let (query, drain) = tokio::join!(timeout(PATIENCE, query), look);
+            let (query, drain) = tokio::join!(timeout(TIMEOUT, query), look);
             query??;
             drain?
         };
-        readme::says(
+        has_row(
             "PostgreSQL, Redis: a query or command unanswered (`BLPOP`)",
             Awaiting,
-            &Fate::Held,
+            &Effect::Held,
         )?;
         pod.becomes(Idle).await?;
         drain.drained(1).await?;
@@ -137,10 +137,10 @@ fn postgres_a_query_is_awaiting_and_an_open_transaction_or_a_listener_looks_idle
             .await?;
         pod.becomes(Idle).await?;
         pod.drain(until_idle()).await.drained(1).await?;
-        readme::says(
+        has_row(
             "PostgreSQL `LISTEN`, Redis `SUBSCRIBE`: between notices",
             Idle,
-            &Fate::Lost("`idle-after` above the longest silence, or clients that come back"),
+            &Effect::Lost("`idle-after` above the longest silence, or clients that come back"),
         )?;
         client
             .batch_execute("BEGIN; INSERT INTO t VALUES (1)")
@@ -148,15 +148,15 @@ fn postgres_a_query_is_awaiting_and_an_open_transaction_or_a_listener_looks_idle
         pod.becomes(Idle).await?;
         pod.drain(until_idle()).await.drained(1).await?;
         pod.drain(closing()).await.drained(0).await?;
-        let commit = timeout(PATIENCE, client.batch_execute("COMMIT")).await?;
+        let commit = timeout(TIMEOUT, client.batch_execute("COMMIT")).await?;
         ensure!(commit.is_err(), "a closed connection");
-        // Nothing half done is left, but what was to be done is not.
+        // The server has rolled back the transaction.
         let rows = connect(pod).await?.query("SELECT * FROM t", &[]).await?;
         ensure!(rows.is_empty(), "committed");
-        readme::says(
+        has_row(
             "PostgreSQL: an open transaction, the client is thinking",
             Idle,
-            &Fate::Lost("`idle-after` above the longest thought; the server rolls back"),
+            &Effect::Lost("`idle-after` above the longest thought; the server rolls back"),
         )
     })
 }

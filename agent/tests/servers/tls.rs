@@ -1,9 +1,9 @@
-//! TLS 1.3: the server's session tickets make it speak last before it has been asked anything.
+//! TLS 1.3: the server sends last before the first request, because it sends session tickets.
 
 use std::{fs, sync::Arc};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::flow::FlowState::{Awaiting, Idle};
+use ebb_core::flow::FlowState::{Awaiting, Idle};
 use rcgen::generate_simple_self_signed;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -16,15 +16,15 @@ use tokio_rustls::{
 };
 
 use crate::support::{
-    drains::{IDLE_AFTER, PATIENCE, until_idle},
+    drains::{IDLE_AFTER, TIMEOUT, until_idle},
     pod::Pod,
-    readme::{self, Fate},
+    until_table::{Effect, has_row},
 };
 
-trials![tls_a_fresh_connection_is_idle_and_a_request_in_flight_is_awaiting];
+ebb_testkit::trials![tls_a_fresh_connection_is_idle_and_a_request_in_flight_is_awaiting];
 
 fn tls_a_fresh_connection_is_idle_and_a_request_in_flight_is_awaiting() -> Result<()> {
-    // Before the pod, so that its files are there.
+    // Before the pod, because nginx reads the files.
     let key = generate_simple_self_signed(["web.test".to_owned()])?;
     let files = tempfile::tempdir()?;
     let (cert_file, key_file) = (files.path().join("cert"), files.path().join("key"));
@@ -45,7 +45,7 @@ fn tls_a_fresh_connection_is_idle_and_a_request_in_flight_is_awaiting() -> Resul
         cert_file.display(),
         key_file.display()
     );
-    Pod::nginx(&nginx)?.meet(async move |pod| {
+    Pod::nginx(&nginx)?.with_clients(async move |pod| {
         let tcp = TcpStream::connect(pod.at(8080)).await?;
         let name = ServerName::try_from("web.test")?;
         let mut client = TlsConnector::from(Arc::new(config))
@@ -55,10 +55,10 @@ fn tls_a_fresh_connection_is_idle_and_a_request_in_flight_is_awaiting() -> Resul
         ensure!(version == Some(ProtocolVersion::TLSv1_3), "{version:?}");
         pod.is_active().await?;
         pod.becomes(Idle).await?;
-        readme::says(
+        has_row(
             "TLS 1.3: handshake done, nothing asked",
             Idle,
-            &Fate::CutHarmlessly,
+            &Effect::CutHarmlessly,
         )?;
 
         client
@@ -69,7 +69,7 @@ fn tls_a_fresh_connection_is_idle_and_a_request_in_flight_is_awaiting() -> Resul
         pod.stays(Awaiting, 2 * IDLE_AFTER).await?;
         drain.is_held().await?;
         let mut answer = [0; 4096];
-        let n = timeout(PATIENCE, client.read(&mut answer)).await?;
+        let n = timeout(TIMEOUT, client.read(&mut answer)).await?;
         ensure!(answer[..n.context("no answer")?].starts_with(b"HTTP/1.1 200"));
         pod.becomes(Idle).await?;
         drain.drained(1).await?;

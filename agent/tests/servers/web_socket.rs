@@ -1,11 +1,11 @@
-//! WebSocket: messages either way, and pings.
+//! WebSocket: messages in both directions, and pings.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::{
-    drain::policy::Policy,
+use ebb_core::{
     flow::FlowState::{Active, Awaiting, Idle},
+    policy::Policy,
 };
 use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::{net::TcpStream, time::timeout};
@@ -14,16 +14,16 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async, tungsten
 use crate::{
     server,
     support::{
-        drains::{IDLE_AFTER, PATIENCE, until_idle},
+        drains::{IDLE_AFTER, TIMEOUT, until_idle},
         pod::Pod,
-        readme::{self, Fate},
+        until_table::{Effect, has_row},
     },
 };
 
-trials![
-    web_socket_it_looks_idle_between_messages_and_after_pongs,
-    web_socket_pings_of_the_server_make_it_awaiting,
-    web_socket_frequent_pings_make_it_active,
+ebb_testkit::trials![
+    web_socket_a_connection_looks_idle_between_messages_and_after_pongs,
+    web_socket_a_connection_is_awaiting_after_a_ping_of_the_server,
+    web_socket_a_connection_with_frequent_pings_is_active,
 ];
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
@@ -38,18 +38,18 @@ fn serving(ping_every: &str) -> Result<Pod> {
     Ok(pod)
 }
 
-/// The next text; pings on the way are answered by the library.
+/// The next text. The library answers pings meanwhile.
 async fn text(socket: &mut Socket) -> Result<String> {
     loop {
-        let message = timeout(PATIENCE, socket.next()).await?;
+        let message = timeout(TIMEOUT, socket.next()).await?;
         if let Message::Text(text) = message.context("the end")?? {
             return Ok(text.to_string());
         }
     }
 }
 
-fn web_socket_it_looks_idle_between_messages_and_after_pongs() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+fn web_socket_a_connection_looks_idle_between_messages_and_after_pongs() -> Result<()> {
+    serving("0")?.with_clients(async |pod| {
         let mut socket = open(pod).await?;
         pod.is_active().await?;
         pod.becomes(Idle).await?;
@@ -64,39 +64,39 @@ fn web_socket_it_looks_idle_between_messages_and_after_pongs() -> Result<()> {
         drain.drained(1).await?;
 
         socket.send(Message::Ping(vec![].into())).await?;
-        let pong = timeout(PATIENCE, socket.next())
+        let pong = timeout(TIMEOUT, socket.next())
             .await?
             .context("the end")??;
         ensure!(pong.is_pong());
         pod.is_active().await?;
         pod.becomes(Idle).await?;
-        readme::says(
+        has_row(
             "WebSocket: between messages, or pings of the client, further apart than `idle-after`",
             Idle,
-            &Fate::Lost("`idle-after` above the interval"),
+            &Effect::Lost("`idle-after` above the interval"),
         )
     })
 }
 
-fn web_socket_pings_of_the_server_make_it_awaiting() -> Result<()> {
-    serving("1500")?.meet(async |pod| {
+fn web_socket_a_connection_is_awaiting_after_a_ping_of_the_server() -> Result<()> {
+    serving("1500")?.with_clients(async |pod| {
         let mut socket = open(pod).await?;
         let answering = tokio::spawn(async move { text(&mut socket).await });
-        // The first is at once.
+        // The server sends the first ping at once.
         pod.becomes(Awaiting).await?;
         let drain = pod.drain(until_idle()).await;
         drain.stays_held(Duration::from_millis(4000)).await?;
         ensure!(!answering.is_finished());
-        readme::says(
+        has_row(
             "WebSocket, HTTP/2, gRPC: after a ping of the server, whatever is open",
             Awaiting,
-            &Fate::Held,
+            &Effect::Held,
         )
     })
 }
 
-fn web_socket_frequent_pings_make_it_active() -> Result<()> {
-    serving("0")?.meet(async |pod| {
+fn web_socket_a_connection_with_frequent_pings_is_active() -> Result<()> {
+    serving("0")?.with_clients(async |pod| {
         let socket = open(pod).await?;
         let (mut to, mut from) = socket.split();
         tokio::spawn(async move { while from.next().await.is_some() {} });
@@ -108,20 +108,20 @@ fn web_socket_frequent_pings_make_it_active() -> Result<()> {
             #[expect(unreachable_code, reason = "says of which type the result is")]
             anyhow::Ok(())
         });
-        // Wide, since a busy machine makes intervals longer.
-        let wide = Policy {
+        // Long, because a busy machine makes intervals longer.
+        let longer = Policy {
             idle_after: Duration::from_secs(2),
             ..until_idle()
         };
-        let drain = pod.drain(wide).await;
+        let drain = pod.drain(longer).await;
         drain.stays_held(Duration::from_millis(3000)).await?;
         pod.is_active().await?;
         pinging.abort();
-        drain.over().await?;
-        readme::says(
+        drain.released().await?;
+        has_row(
             "WebSocket, HTTP/2, gRPC: pings more frequent than `idle-after`, whatever is open",
             Active,
-            &Fate::Held,
+            &Effect::Held,
         )
     })
 }

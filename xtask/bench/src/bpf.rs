@@ -1,4 +1,4 @@
-//! BPF programs: the bench's own, and what the kernel says of others'.
+//! BPF programs: loads the bench's own, and reads the kernel's statistics of others.
 
 use std::{collections::HashSet, fs, path::Path};
 
@@ -14,7 +14,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/eb
 
 const TRACEFS: &str = "/sys/kernel/tracing";
 
-/// What the kernel has counted of a program since it was loaded, while it counted.
+/// The kernel's run statistics of a program, collected while `aya::sys::enable_stats` is in force.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
     pub(crate) name: String,
@@ -22,12 +22,12 @@ pub(crate) struct Runs {
     pub(crate) ns: u64,
 }
 
-/// The runs of all programs that a process holds open, by name. All zero unless `aya::sys::enable_stats` was called.
+/// The statistics of all programs that a process holds open, sorted by name.
 pub(crate) fn runs_of_process(pid: u32) -> Result<Vec<Runs>> {
     let ids = ids(pid, "prog_id:")?;
     let mut runs = Vec::new();
     for info in loaded_programs() {
-        // Somebody else's may have been unloaded meanwhile.
+        // Another process may have unloaded its program meanwhile.
         let Ok(info) = info else { continue };
         if ids.contains(&info.id()) {
             runs.push(runs_of(&info));
@@ -38,7 +38,7 @@ pub(crate) fn runs_of_process(pid: u32) -> Result<Vec<Runs>> {
     Ok(runs)
 }
 
-/// The memory of all BPF maps that a process holds open, in bytes, as the kernel accounts it.
+/// The memory of all BPF maps that a process holds open, in bytes (`memlock` in fdinfo).
 pub(crate) fn map_memory(pid: u32) -> Result<f64> {
     let mut seen = HashSet::new();
     let mut bytes = 0.0;
@@ -80,11 +80,11 @@ fn runs_of(info: &ProgramInfo) -> Runs {
     }
 }
 
-/// The bench's own programs. Dropping it detaches what is attached.
-pub(crate) struct Own(Ebpf);
+/// The bench's own programs. Dropping it detaches them.
+pub(crate) struct BenchPrograms(Ebpf);
 
-impl Own {
-    /// Loads them; nothing is attached yet. `port` is the one whose state changes are counted.
+impl BenchPrograms {
+    /// Loads the programs and attaches none. [`BenchPrograms::changes`] counts the connections of `port` separately.
     pub(crate) fn load(port: u16) -> Result<Self> {
         let port = u32::from(port);
         let ebpf = EbpfLoader::new()
@@ -102,7 +102,7 @@ impl Own {
         Ok(())
     }
 
-    /// The runs of the empty program.
+    /// Statistics of the empty program.
     pub(crate) fn empty_runs(&self) -> Result<Runs> {
         let empty = self.0.program("empty").context("no program `empty`")?;
         Ok(runs_of(&empty.info()?))
@@ -113,19 +113,19 @@ impl Own {
         self.attach_tracepoint("changes")
     }
 
-    /// State changes so far: of connections from or to the port, and of all.
+    /// State changes so far: of connections from or to the port, and in total.
     pub(crate) fn changes(&self) -> Result<(u64, u64)> {
         let map = self.0.map("CHANGES").context("no map `CHANGES`")?;
         let map: Array<_, u64> = Array::try_from(map)?;
         Ok((map.get(&0, 0)?, map.get(&1, 0)?))
     }
 
-    /// Attaches what the peer reads.
+    /// Attaches the program whose events [`crate::tcpstates`] prints.
     pub(crate) fn attach_transition(&mut self) -> Result<()> {
         self.attach_tracepoint("transition")
     }
 
-    /// A map, for whoever reads it.
+    /// Moves a map out of the loaded object.
     pub(crate) fn take_map(&mut self, name: &str) -> Result<aya::maps::Map> {
         let map = self.0.take_map(name);
         map.with_context(|| format!("no map `{name}`"))
@@ -142,7 +142,7 @@ impl Own {
     }
 }
 
-/// Tracepoints are found by name in tracefs. The sandbox's mounts are its own.
+/// aya finds tracepoints by name in tracefs. The sandbox has a mount namespace of its own, so this mount stays in it.
 fn mount_tracefs() -> Result<()> {
     if Path::new(TRACEFS).join("events").exists() {
         return Ok(());

@@ -1,214 +1,131 @@
-//! `churn`: what a server and its clients notice when each request has a connection of its own.
+//! `churn`: throughput and CPU time of nginx and wrk with one connection per request.
+//!
+//! BPF statistics stay off: with them, the kernel reads its clock twice for each run of a program.
 
-use std::{
-    io::{BufRead as _, BufReader},
-    process::{Child, Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{JoinHandle, sleep},
-    time::{Duration, Instant},
-};
+use std::{thread::sleep, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::Result;
 
 use crate::{
-    bpf::Own,
-    ebb::Agent,
-    figures::{AtLeast, AtMost, Figures, Target},
-    lab::Lab,
-    load::{self, Connections, Load},
-    netns, say, stats,
+    beside::{Beside, DrainingPod, Helper},
+    load::{self, ConnectionUse, LoadResult},
+    results::{BenchResults, Goal, IntervalAtMost},
+    say,
+    stats::{self, Shuffle},
+    testbed::Testbed,
 };
 
-/// How long after its start a helper is let alone, and nothing likewise: what starting costs is another figure.
-const SETTLE: Duration = Duration::from_secs(1);
+/// The pause between a helper's start and the load, so that the cost of starting is not measured.
+const SETTLE: Duration = Duration::from_millis(500);
 
-/// What runs beside the load.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Beside {
-    Nothing,
-    Ebb,
-    Empty,
-    Peer,
-    Ss,
+/// How long a load lasts. Short loads keep the machine's drift between two of them small.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// Rounds vary by more than the difference to be found, so this part takes more of them than others.
+const ROUNDS_PER_PAIR: usize = 2;
+
+const NOTHING: usize = 0;
+const EMPTY: usize = 1;
+const EBB: usize = 2;
+const DRAINING: usize = 3;
+const TCPSTATES: usize = 4;
+const SS: usize = 5;
+
+/// Each round measures all of them in a random order, so that drift of the machine affects all alike.
+pub(crate) fn measure(testbed: &Testbed, results: &mut BenchResults) -> Result<()> {
+    let (nginx, server) = testbed.nginx()?;
+    let pid = testbed.sandbox_pid(&nginx)?;
+    let draining = DrainingPod::start(testbed)?;
+    say(
+        "a connection per request: nginx and wrk with nothing, an empty program, ebb, ebb while another pod drains, a \
+         classic tool, and ss beside them, in turns",
+    );
+    let all = [
+        Beside::Nothing,
+        Beside::Empty,
+        Beside::Ebb,
+        Beside::Draining,
+        Beside::Tcpstates,
+        Beside::Ss(pid),
+    ];
+    let mut loads: [Vec<LoadResult>; 6] = Default::default();
+    let mut shuffle = Shuffle::default();
+    load::wrk(testbed, server, ConnectionUse::Close, WINDOW)?;
+    for round in 0..testbed.scale.pairs * ROUNDS_PER_PAIR {
+        let mut order = [NOTHING, EMPTY, EBB, DRAINING, TCPSTATES, SS];
+        shuffle.shuffle(&mut order);
+        for which in order {
+            // No goal depends on these two: one round per pair suffices.
+            if matches!(which, TCPSTATES | SS) && round % ROUNDS_PER_PAIR != 0 {
+                continue;
+            }
+            let helper = Helper::start(testbed, all[which], &draining)?;
+            sleep(SETTLE);
+            let load = load::wrk(testbed, server, ConnectionUse::Close, WINDOW)?;
+            helper.stop()?;
+            loads[which].push(load);
+        }
+    }
+    draining.end(testbed)?;
+    testbed.end(&nginx)?;
+    report(&loads, results)
 }
 
-/// Rounds of all five, every other one backwards: what drifts does so for all.
-pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
-    let (nginx, server) = lab.nginx()?;
-    let pid = lab.sandbox_pid(&nginx)?;
-    say(
-        "a connection per request: nginx and wrk with nothing, ebb, an empty program, a classic tool, and ss beside them, in turn",
-    );
-    let mut order = [
-        Beside::Nothing,
-        Beside::Ebb,
-        Beside::Empty,
-        Beside::Peer,
-        Beside::Ss,
-    ];
-    let mut loads: [Vec<Load>; 5] = Default::default();
-    load::wrk(lab, server, Connections::Close, Duration::from_secs(1))?;
-    for _ in 0..lab.extent.pairs {
-        for beside in order {
-            let helper = Helper::start(lab, beside, pid, server.port())?;
-            sleep(SETTLE);
-            let load = load::wrk(lab, server, Connections::Close, lab.extent.window)?;
-            helper.stop()?;
-            loads[beside as usize].push(load);
-        }
-        order.reverse();
-    }
-    lab.end(&nginx)?;
-    let rps = |beside: Beside| column(&loads[beside as usize], |l| l.rps);
-    let cpu = |beside: Beside| column(&loads[beside as usize], |l| l.cpu_us);
-    let off = Beside::Nothing;
+fn report(loads: &[Vec<LoadResult>; 6], results: &mut BenchResults) -> Result<()> {
+    let rps = |which: usize| column(&loads[which], |l| l.rps);
+    let cpu = |which: usize| column(&loads[which], |l| l.cpu_us);
     let what = "requests per second with nothing beside";
-    figures.add(
-        "churn.rps",
-        stats::median(&rps(off))?,
-        "/s",
-        what,
-        Target::None,
-    )?;
+    let value = stats::median(&rps(NOTHING))?;
+    results.add("churn.rps", value, "/s", what, Goal::None)?;
     let what = "CPU time of a request with nothing beside, of all processes of the node";
-    figures.add(
-        "churn.cpu_us",
-        stats::median(&cpu(off))?,
-        "µs",
-        what,
-        Target::None,
-    )?;
-    for (beside, rps_key, cpu_key, name, targets) in [
+    let value = stats::median(&cpu(NOTHING))?;
+    results.add("churn.cpu_us", value, "µs", what, Goal::None)?;
+    for (which, key, name) in [
+        (EBB, "churn.ebb_to_empty_cpu_ratio", "ebb"),
         (
-            Beside::Ebb,
-            "churn.rps_ratio",
-            "churn.cpu_ratio",
-            "the agent",
-            (AtLeast(0.98), AtMost(1.05)),
+            DRAINING,
+            "churn.draining_to_empty_cpu_ratio",
+            "ebb while another pod drains",
         ),
+    ] {
+        let what = format!("CPU time of a request ÷ with an empty program: {name}");
+        let ratio = stats::ratio_interval(&cpu(which), &cpu(EMPTY))?;
+        results.add_interval(key, ratio, "", what, IntervalAtMost(1.0))?;
+    }
+    for (which, rps_key, cpu_key, name) in [
+        (EBB, "churn.rps_ratio", "churn.cpu_ratio", "ebb"),
         (
-            Beside::Empty,
+            EMPTY,
             "churn.empty_rps_ratio",
             "churn.empty_cpu_ratio",
-            "an empty program at the same hook, once",
-            (Target::None, Target::None),
+            "an empty program at the same hook",
         ),
         (
-            Beside::Peer,
+            TCPSTATES,
             "churn.peer_rps_ratio",
             "churn.peer_cpu_ratio",
             "an event and a line for each state change (after tcpstates)",
-            (Target::None, Target::None),
         ),
         (
-            Beside::Ss,
+            SS,
             "churn.ss_rps_ratio",
             "churn.ss_cpu_ratio",
             "`ss -tin` once a second in the pod's namespace",
-            (Target::None, Target::None),
         ),
     ] {
+        // Only the rounds in which this one was measured.
+        let every = loads[NOTHING].len() / loads[which].len();
+        let nothing = |values: Vec<f64>| values.into_iter().step_by(every).collect::<Vec<_>>();
         let what = format!("requests per second ÷ nothing: {name}");
-        let ratio = stats::ratio(&rps(beside), &rps(off))?;
-        figures.add(rps_key, ratio, "", what, targets.0)?;
+        let ratio = stats::ratio_interval(&rps(which), &nothing(rps(NOTHING)))?;
+        results.add_interval(rps_key, ratio, "", what, Goal::None)?;
         let what = format!("CPU time of a request ÷ nothing: {name}");
-        let ratio = stats::ratio(&cpu(beside), &cpu(off))?;
-        figures.add(cpu_key, ratio, "", what, targets.1)?;
+        let ratio = stats::ratio_interval(&cpu(which), &nothing(cpu(NOTHING)))?;
+        results.add_interval(cpu_key, ratio, "", what, Goal::None)?;
     }
     Ok(())
 }
 
-fn column(loads: &[Load], f: fn(&Load) -> f64) -> Vec<f64> {
+fn column(loads: &[LoadResult], f: fn(&LoadResult) -> f64) -> Vec<f64> {
     loads.iter().map(f).collect()
-}
-
-enum Helper {
-    Nothing,
-    Ebb(Agent),
-    Empty(Box<Own>),
-    Peer(Child),
-    Ss(Arc<AtomicBool>, JoinHandle<Result<()>>),
-}
-
-impl Helper {
-    fn start(lab: &Lab, beside: Beside, pid: u32, port: u16) -> Result<Self> {
-        Ok(match beside {
-            Beside::Nothing => Self::Nothing,
-            Beside::Ebb => Self::Ebb(lab.agent()?),
-            Beside::Empty => {
-                let mut own = Own::load(port)?;
-                own.attach_empty()?;
-                Self::Empty(Box::new(own))
-            }
-            Beside::Peer => Self::Peer(start_peer()?),
-            Beside::Ss => {
-                let stop = Arc::new(AtomicBool::new(false));
-                let told = Arc::clone(&stop);
-                Self::Ss(stop, std::thread::spawn(move || ss_loop(pid, &told)))
-            }
-        })
-    }
-
-    fn stop(self) -> Result<()> {
-        match self {
-            Self::Nothing => Ok(()),
-            Self::Ebb(agent) => agent.stop(),
-            // Its programs are detached with it.
-            Self::Empty(own) => {
-                drop(own);
-                Ok(())
-            }
-            Self::Peer(mut child) => {
-                child.kill()?;
-                child.wait()?;
-                Ok(())
-            }
-            Self::Ss(stop, thread) => {
-                stop.store(true, Ordering::Relaxed);
-                thread
-                    .join()
-                    .unwrap_or_else(|_| anyhow::bail!("the ss loop panicked"))
-            }
-        }
-    }
-}
-
-fn start_peer() -> Result<Child> {
-    let me = std::env::current_exe().context("can't tell which program this is")?;
-    let mut child = Command::new(me)
-        .arg("peer")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("starting the peer")?;
-    let stderr = child.stderr.take().context("the peer has no output")?;
-    let mut line = String::new();
-    BufReader::new(stderr).read_line(&mut line)?;
-    ensure!(line == "ready\n", "the peer did not start: {line}");
-    Ok(child)
-}
-
-fn ss_loop(pid: u32, stop: &AtomicBool) -> Result<()> {
-    netns::inside(pid, || {
-        while !stop.load(Ordering::Relaxed) {
-            let started = Instant::now();
-            let status = ss(&["-tin"]).stdout(Stdio::null()).status();
-            ensure!(status.context("starting ss")?.success(), "ss failed");
-            while started.elapsed() < Duration::from_secs(1) && !stop.load(Ordering::Relaxed) {
-                sleep(Duration::from_millis(20));
-            }
-        }
-        Ok(())
-    })
-}
-
-/// iproute2's list of sockets.
-pub(crate) fn ss(flags: &[&str]) -> Command {
-    let mut command = Command::new("ss");
-    command.args(flags).stdin(Stdio::null());
-    command
 }

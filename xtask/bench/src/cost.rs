@@ -1,99 +1,129 @@
-//! `bpf`: what a state change costs, by the kernel's own count of the time that BPF programs run.
-
-use std::collections::BTreeMap;
+//! `bpf`: BPF time of a state change and of a connection, from the kernel's statistics of program run time.
 
 use anyhow::{Context as _, Result, ensure};
 use aya::sys::{Stats, enable_stats};
 
 use crate::{
-    bpf::{self, Own, Runs},
-    figures::{AtMost, Figures, Target},
-    lab::Lab,
-    load::{self, Connections},
-    say, stats,
+    beside::{Beside, DrainingPod, Helper},
+    bpf::{self, Runs},
+    ebb::AgentProcess,
+    load::{self, ConnectionUse},
+    results::{AtMost, BenchResults, Goal},
+    say,
+    stats::{self, Shuffle},
+    testbed::Testbed,
 };
 
-/// ebb's programs that run at state changes; the others only walk when asked.
-const TRACKERS: [(&str, &str); 2] = [
-    ("track", "bpf.ns_first_copy"),
-    ("track_second", "bpf.ns_second_copy"),
-];
+/// The name of ebb's program.
+const TRACK: &str = "track";
 
-/// Both are attached at the same time and see the same state changes, which is closer than taking turns. The kernel
-/// counts as long as somebody wants it to: the setting of the machine stays as it was.
-pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
-    let (nginx, server) = lab.nginx()?;
+const EMPTY: usize = 0;
+const EBB: usize = 1;
+const DRAINING: usize = 2;
+
+/// BPF time in nanoseconds with one helper, one value per round.
+#[derive(Default)]
+struct Cost {
+    per_event: Vec<f64>,
+    per_connection: Vec<f64>,
+}
+
+/// Programs are attached one at a time: the kernel calls a single program at a tracepoint directly, and several
+/// indirectly (`tracepoint_update_call` in kernel/tracepoint.c). Statistics are on only while the bench holds their
+/// descriptor, so the machine's setting does not change.
+pub(crate) fn measure(testbed: &Testbed, results: &mut BenchResults) -> Result<()> {
+    let (nginx, server) = testbed.nginx()?;
+    let draining = DrainingPod::start(testbed)?;
     say(
-        "BPF time per state change: nginx and wrk with a connection per request, beside an empty program",
+        "BPF time per state change: nginx and wrk with a connection per request; an empty program, ebb, ebb while another \
+         pod drains, in turns",
     );
-    let agent = lab.agent()?;
-    let mut own = Own::load(server.port())?;
-    own.attach_empty()?;
-    let _counting = enable_stats(Stats::RunTime).context("can't enable BPF statistics")?;
-    let mut all = Vec::new();
-    let mut copies: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    let mut empty = Vec::new();
+    let all = [Beside::Empty, Beside::Ebb, Beside::Draining];
+    let mut costs: [Cost; 3] = Default::default();
+    let mut shuffle = Shuffle::default();
     let mut events = 0;
-    for _ in 0..lab.extent.pairs {
-        let before = bpf::runs_of_process(agent.pid())?;
-        let empty_before = own.empty_runs()?;
-        load::wrk(lab, server, Connections::Close, lab.extent.window)?;
-        let empty_after = own.empty_runs()?;
-        let after = bpf::runs_of_process(agent.pid())?;
-        let mut sum = 0;
-        let mut changes = 0;
-        for (name, _) in TRACKERS {
-            let runs = difference(&before, &after, name)?;
-            ensure!(runs.count > 0, "{name} did not run: what attaches it?");
-            sum += runs.ns;
-            // A copy misses the changes that interrupt it; each is seen by one copy at least.
-            changes = changes.max(runs.count);
-            copies.entry(name).or_default().push(per_run(&runs));
+    for _ in 0..testbed.scale.pairs {
+        let mut order = [EMPTY, EBB, DRAINING];
+        shuffle.shuffle(&mut order);
+        for which in order {
+            let helper = Helper::start(testbed, all[which], &draining)?;
+            let counting = enable_stats(Stats::RunTime).context("can't enable BPF statistics")?;
+            let before = runs(&helper)?;
+            let load = load::wrk(testbed, server, ConnectionUse::Close, testbed.scale.window)?;
+            let after = runs(&helper)?;
+            drop(counting);
+            helper.stop()?;
+            let count = after.count - before.count;
+            ensure!(count > 0, "{} did not run: what attaches it?", after.name);
+            let ns = (after.ns - before.ns) as f64;
+            let cost = &mut costs[which];
+            cost.per_event.push(ns / count as f64);
+            cost.per_connection.push(ns / load.requests);
+            events += count;
         }
-        all.push(sum as f64 / changes as f64);
-        empty.push(per_run(&since(&empty_before, &empty_after)));
-        events += changes;
     }
-    figures.add(
-        "bpf.ns_per_event",
-        stats::median(&all)?,
-        "ns",
-        "BPF time of a TCP state change, both copies of the tracker together",
-        AtMost(200.0),
-    )?;
-    for (name, key) in TRACKERS {
-        let what = format!("of it in `{name}`");
-        let values = copies.remove(name).unwrap_or_default();
-        figures.add(key, stats::median(&values)?, "ns", what, Target::None)?;
+    draining.end(testbed)?;
+    testbed.end(&nginx)?;
+    report(&costs, events, results)
+}
+
+fn report(costs: &[Cost; 3], events: u64, results: &mut BenchResults) -> Result<()> {
+    let [empty, ebb, draining] = costs;
+    for (key, values, what) in [
+        (
+            "bpf.ns_per_event",
+            &ebb.per_event,
+            "BPF time of a TCP state change: ebb",
+        ),
+        (
+            "bpf.ns_per_event_draining",
+            &draining.per_event,
+            "… while another pod drains",
+        ),
+        (
+            "bpf.ns_empty",
+            &empty.per_event,
+            "… an empty program at the same hook",
+        ),
+        (
+            "bpf.ns_per_connection",
+            &ebb.per_connection,
+            "BPF time of a connection, both of its sockets together: ebb",
+        ),
+        (
+            "bpf.ns_per_connection_draining",
+            &draining.per_connection,
+            "… while another pod drains",
+        ),
+        (
+            "bpf.ns_per_connection_empty",
+            &empty.per_connection,
+            "… an empty program at the same hook",
+        ),
+    ] {
+        results.add_interval(key, stats::interval(values)?, "ns", what, Goal::None)?;
     }
-    figures.add(
-        "bpf.ns_empty",
-        stats::median(&empty)?,
-        "ns",
-        "an empty program at the same hook, at the same changes",
-        Target::None,
-    )?;
+    let what = "time of a state change, ebb ÷ empty";
+    let ratio = stats::ratio_interval(&ebb.per_event, &empty.per_event)?;
+    results.add_interval("bpf.ratio", ratio, "", what, AtMost(2.0))?;
+    let what = "… while another pod drains";
+    let ratio = stats::ratio_interval(&draining.per_event, &empty.per_event)?;
+    results.add_interval("bpf.ratio_draining", ratio, "", what, AtMost(2.0))?;
     let what = "state changes measured";
-    figures.add("bpf.events", events as f64, "", what, Target::None)?;
-    agent.stop()?;
-    lab.end(&nginx)
+    results.add("bpf.events", events as f64, "", what, Goal::None)
 }
 
-fn per_run(runs: &Runs) -> f64 {
-    runs.ns as f64 / runs.count as f64
-}
-
-fn difference(before: &[Runs], after: &[Runs], name: &str) -> Result<Runs> {
-    let find = |runs: &[Runs]| runs.iter().find(|r| r.name == name).cloned();
-    let both = find(before).zip(find(after));
-    let (before, after) = both.with_context(|| format!("the agent has no program {name}"))?;
-    Ok(since(&before, &after))
-}
-
-fn since(before: &Runs, after: &Runs) -> Runs {
-    Runs {
-        name: after.name.clone(),
-        count: after.count - before.count,
-        ns: after.ns - before.ns,
+/// Statistics of the program that the helper has attached.
+fn runs(helper: &Helper) -> Result<Runs> {
+    match helper {
+        Helper::Empty(programs) => programs.empty_runs(),
+        Helper::Ebb(agent) | Helper::Draining(agent, _) => track_runs(agent),
+        _ => anyhow::bail!("this helper has no program"),
     }
+}
+
+fn track_runs(agent: &AgentProcess) -> Result<Runs> {
+    let runs = bpf::runs_of_process(agent.pid())?;
+    let track = runs.into_iter().find(|r| r.name == TRACK);
+    track.with_context(|| format!("the agent has no program {TRACK}"))
 }

@@ -1,30 +1,30 @@
-//! `cri`: what the proxy adds to a call, direct and through it in turn.
+//! `cri`: the latency that the proxy adds to a call. Calls alternate between containerd's socket and the proxy's.
 //!
-//! Calls are made in batches, and each batch has percentiles of its own: the machine is another one from moment to
-//! moment, and what it does in a moment is in both percentiles of one batch.
+//! Calls are made in batches with percentiles per batch: a disturbance of the machine then affects both ways of one
+//! batch.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use ebb_node::{
+use ebb_testkit::{
     image,
-    kubelet::{Kubelet, Pod, PodSpec},
+    kubelet::{Kubelet, PodSpec, StartedPod},
 };
 use k8s_cri::v1::{self as cri, runtime_service_client::RuntimeServiceClient};
 use tonic::transport::Channel;
 
 use crate::{
-    ebb::Proxy,
-    figures::{AtMost, Figures, Target},
-    lab::Lab,
+    ebb::ProxyProcess,
+    results::{AtMost, BenchResults, Goal},
     say, stats,
+    testbed::Testbed,
 };
 
-/// What may be added to the median, in microseconds, and the 99th percentile multiplied by.
+/// Goals: the most that the proxy may add to the median, in microseconds, and multiply the 99th percentile by.
 const ADDED_US: f64 = 150.0;
 const TIMES_AT_P99: f64 = 1.3;
 
-/// The figures of a call: direct p50, proxy p50, direct p99, proxy p99, what is added, how many times.
+/// The keys of a call: direct p50, proxy p50, direct p99, proxy p99, difference of the medians, ratio of the p99s.
 type Keys = [&'static str; 6];
 
 const VERSION: Keys = [
@@ -47,17 +47,17 @@ const LIST: Keys = [
 
 type Client = RuntimeServiceClient<Channel>;
 
-pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
-    let directory = lab.node.directory("cri")?;
-    // Nobody listens there: calls that are not stops ask nobody.
+pub(crate) fn measure(testbed: &Testbed, results: &mut BenchResults) -> Result<()> {
+    let directory = testbed.node.directory("cri")?;
+    // No agent listens there. The proxy asks the agent about stops only.
     let no_agent = directory.join("agent.sock");
-    let proxy = Proxy::start(&lab.ebb, lab.node.socket(), &no_agent, &directory)?;
-    let through = lab
+    let proxy = ProxyProcess::start(&testbed.ebb, testbed.node.socket(), &no_agent, &directory)?;
+    let through = testbed
         .runtime
-        .block_on(async { lab.node.kubelet_at(&proxy.socket) })?;
-    let (direct, through) = (lab.kubelet.runtime(), through.runtime());
+        .block_on(async { testbed.node.kubelet_at(&proxy.socket) })?;
+    let (direct, through) = (testbed.kubelet.runtime(), through.runtime());
 
-    say("Version, straight at containerd and through the proxy in turn");
+    say("Version, alternating between containerd and the proxy");
     let version = async |mut client: Client| {
         let reply = client.version(cri::VersionRequest::default()).await?;
         anyhow::ensure!(
@@ -66,15 +66,19 @@ pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
         );
         Ok(())
     };
-    let times = lab
+    let times = testbed
         .runtime
-        .block_on(in_turn(lab, &direct, &through, version))?;
-    add(figures, "Version", VERSION, &times)?;
+        .block_on(in_turn(testbed, &direct, &through, version))?;
+    add(results, "Version", VERSION, &times)?;
 
-    let n = lab.extent.containers;
-    say(&format!("ListContainers with {n} containers, likewise"));
-    let pod = lab.run(&PodSpec::new("crowded"))?;
-    lab.runtime.block_on(create(&lab.kubelet, &pod, n))?;
+    let n = testbed.scale.containers;
+    say(&format!(
+        "ListContainers with {n} containers, in the same way"
+    ));
+    let pod = testbed.run(&PodSpec::new("many-containers"))?;
+    testbed
+        .runtime
+        .block_on(create(&testbed.kubelet, &pod, n))?;
     let list = async |mut client: Client| {
         let reply = client
             .list_containers(cri::ListContainersRequest::default())
@@ -83,18 +87,18 @@ pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
         anyhow::ensure!(listed == n, "{listed} containers instead of {n}");
         Ok(())
     };
-    let times = lab
+    let times = testbed
         .runtime
-        .block_on(in_turn(lab, &direct, &through, list))?;
-    add(figures, "ListContainers", LIST, &times)?;
-    let what = "containers listed, created and not started";
-    figures.add("cri.list200_containers", n as f64, "", what, Target::None)?;
-    let calls = lab.extent.calls as f64;
-    let what = "calls of each kind each way in each batch";
-    figures.add("cri.calls", calls, "", what, Target::None)
+        .block_on(in_turn(testbed, &direct, &through, list))?;
+    add(results, "ListContainers", LIST, &times)?;
+    let what = "containers in the list, created but not started";
+    results.add("cri.list200_containers", n as f64, "", what, Goal::None)?;
+    let calls = testbed.scale.calls as f64;
+    let what = "calls of each method per way and batch";
+    results.add("cri.calls", calls, "", what, Goal::None)
 }
 
-/// The percentiles of each batch in microseconds, one way.
+/// The percentiles of each batch, in microseconds.
 #[derive(Default)]
 struct Batches {
     p50: Vec<f64>,
@@ -109,7 +113,7 @@ impl Batches {
     }
 }
 
-/// Calls straight and through the proxy.
+/// Latencies of calls to containerd and through the proxy.
 #[derive(Default)]
 struct Times {
     direct: Batches,
@@ -117,18 +121,18 @@ struct Times {
 }
 
 async fn in_turn(
-    lab: &Lab,
+    testbed: &Testbed,
     direct: &Client,
     proxy: &Client,
     call: impl AsyncFn(Client) -> Result<()>,
 ) -> Result<Times> {
     let mut times = Times::default();
-    // Connections are made by the first call.
+    // The first call opens the connection.
     call(direct.clone()).await?;
     call(proxy.clone()).await?;
-    for _ in 0..lab.extent.pairs {
+    for _ in 0..testbed.scale.pairs {
         let (mut of_direct, mut of_proxy) = (Vec::new(), Vec::new());
-        for i in 0..lab.extent.calls {
+        for i in 0..testbed.scale.calls {
             for is_direct in [i % 2 == 0, i % 2 == 1] {
                 let (client, times) = if is_direct {
                     (direct, &mut of_direct)
@@ -150,7 +154,7 @@ fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }
 
-fn add(figures: &mut Figures, call: &str, keys: Keys, times: &Times) -> Result<()> {
+fn add(results: &mut BenchResults, call: &str, keys: Keys, times: &Times) -> Result<()> {
     let [direct50, proxy50, direct99, proxy99, added, ratio] = keys;
     let Times { direct, proxy } = times;
     let (d50, p50) = (stats::median(&direct.p50)?, stats::median(&proxy.p50)?);
@@ -159,7 +163,7 @@ fn add(figures: &mut Figures, call: &str, keys: Keys, times: &Times) -> Result<(
     let more = stats::median(&more.collect::<Vec<_>>())?;
     let times99 = stats::ratio(&proxy.p99, &direct.p99)?;
     for (key, value, unit, what, target) in [
-        (direct50, d50, "µs", "straight, median", Target::None),
+        (direct50, d50, "µs", "direct, median", Goal::None),
         (
             proxy50,
             p50,
@@ -167,13 +171,7 @@ fn add(figures: &mut Figures, call: &str, keys: Keys, times: &Times) -> Result<(
             "through the proxy, median",
             AtMost(d50 + ADDED_US),
         ),
-        (
-            direct99,
-            d99,
-            "µs",
-            "straight, 99th percentile",
-            Target::None,
-        ),
+        (direct99, d99, "µs", "direct, 99th percentile", Goal::None),
         (
             proxy99,
             p99,
@@ -186,17 +184,17 @@ fn add(figures: &mut Figures, call: &str, keys: Keys, times: &Times) -> Result<(
             ratio,
             times99,
             "",
-            "proxy ÷ straight at p99",
+            "proxy ÷ direct at p99",
             AtMost(TIMES_AT_P99),
         ),
     ] {
-        figures.add(key, value, unit, format!("{call} {what}"), target)?;
+        results.add(key, value, unit, format!("{call} {what}"), target)?;
     }
     Ok(())
 }
 
-/// Creates `n` containers in a pod, and starts none: a list shows them all the same.
-async fn create(kubelet: &Kubelet, pod: &Pod, n: usize) -> Result<()> {
+/// Creates `n` containers in a pod and starts none: ListContainers returns them as well.
+async fn create(kubelet: &Kubelet, pod: &StartedPod, n: usize) -> Result<()> {
     let status = cri::PodSandboxStatusRequest {
         pod_sandbox_id: pod.sandbox_id.clone(),
         verbose: false,
@@ -236,8 +234,8 @@ async fn create(kubelet: &Kubelet, pod: &Pod, n: usize) -> Result<()> {
     Ok(())
 }
 
-/// What a kubelet puts on every container, so that a list is as long as it would be.
-fn labels(pod: &Pod, i: usize) -> std::collections::HashMap<String, String> {
+/// The labels that a kubelet sets, so that the list has a realistic size.
+fn labels(pod: &StartedPod, i: usize) -> std::collections::HashMap<String, String> {
     [
         ("io.kubernetes.container.name", format!("container-{i}")),
         ("io.kubernetes.pod.name", pod.spec.name.clone()),

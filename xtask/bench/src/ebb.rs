@@ -1,4 +1,4 @@
-//! Running ebb's agent and proxy, and asking the agent as a user would.
+//! Runs ebb's agent and proxy, and queries the agent by its command line.
 
 use std::{
     fs,
@@ -13,22 +13,22 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// Where the agent serves its node port, below the ports that the kernel gives to clients.
+/// The agent's node port, below the ephemeral ports.
 const PORT: u16 = 9690;
 
 const START_WITHIN: Duration = Duration::from_secs(30);
 
 /// A running agent. Dropping it stops it.
-pub(crate) struct Agent {
+pub(crate) struct AgentProcess {
     program: PathBuf,
     socket: PathBuf,
     child: Child,
-    /// From the start of the process until it said that it was ready.
+    /// From the start of the process to its first positive `/readyz`.
     pub(crate) ready_after: Duration,
 }
 
-impl Agent {
-    /// Starts one and waits until it is ready. `addresses` are those to serve the node port on, besides loopback.
+impl AgentProcess {
+    /// Starts an agent and waits until it is ready. It serves the node port on loopback and on `addresses`.
     pub(crate) fn start(
         program: &Path,
         runtime: &Path,
@@ -69,17 +69,17 @@ impl Agent {
         self.child.id()
     }
 
-    /// Its resident memory, in bytes.
+    /// Resident memory, in bytes.
     pub(crate) fn resident(&self) -> Result<f64> {
         resident(self.pid())
     }
 
-    /// The part of it that is no page of a file, such as the program's own, which others may share.
+    /// Resident memory that is not mapped from a file, in bytes. File pages, such as the program's, may be shared.
     pub(crate) fn private(&self) -> Result<f64> {
         memory(self.pid(), "RssAnon:")
     }
 
-    /// `ebb VERB…`, to be run.
+    /// The command `ebb VERB…`, not started.
     pub(crate) fn query(&self, verb: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command
@@ -90,7 +90,7 @@ impl Agent {
         command
     }
 
-    /// Stops it as a supervisor would.
+    /// Stops it by SIGTERM.
     pub(crate) fn stop(mut self) -> Result<()> {
         stop(&mut self.child)
     }
@@ -103,20 +103,20 @@ impl Agent {
     }
 }
 
-impl Drop for Agent {
+impl Drop for AgentProcess {
     fn drop(&mut self) {
         let _ = stop(&mut self.child);
     }
 }
 
 /// A running proxy. Dropping it stops it.
-pub(crate) struct Proxy {
+pub(crate) struct ProxyProcess {
     pub(crate) socket: PathBuf,
     child: Child,
 }
 
-impl Proxy {
-    /// Starts one between `runtime` and whoever connects to its socket in `directory`, and waits until it listens.
+impl ProxyProcess {
+    /// Starts a proxy in front of `runtime`, with its socket in `directory`, and waits until it listens.
     pub(crate) fn start(
         program: &Path,
         runtime: &Path,
@@ -124,8 +124,7 @@ impl Proxy {
         directory: &Path,
     ) -> Result<Self> {
         let socket = directory.join("cri.sock");
-        let mut command = Command::new(program);
-        command.arg("cri-proxy");
+        let mut command = Command::new(program.with_file_name("ebb-cri-proxy"));
         for (flag, path) in [
             ("--listen", &*socket),
             ("--runtime", runtime),
@@ -136,7 +135,7 @@ impl Proxy {
         let child = spawn(&mut command)?;
         let mut proxy = Self { socket, child };
         let started = Instant::now();
-        // The file is there a moment before it can be connected to.
+        // The socket file exists a moment before it accepts connections.
         while UnixStream::connect(&proxy.socket).is_err() {
             if let Some(status) = proxy.child.try_wait()? {
                 bail!("the proxy ended with {status}; its log is above");
@@ -150,28 +149,28 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// Its resident memory, in bytes.
+    /// Resident memory, in bytes.
     pub(crate) fn resident(&self) -> Result<f64> {
         resident(self.child.id())
     }
 }
 
-impl Drop for Proxy {
+impl Drop for ProxyProcess {
     fn drop(&mut self) {
         let _ = stop(&mut self.child);
     }
 }
 
-/// Whether `GET /readyz` says so. The port is bound early and answers late: a connection waits in its queue.
+/// Whether `GET /readyz` returns 200. The agent binds the port before it serves, so an early connection waits.
 fn is_ready(address: SocketAddr) -> bool {
-    let ask = || -> std::io::Result<bool> {
+    let get = || -> std::io::Result<bool> {
         let mut stream = TcpStream::connect(address)?;
         stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: ebb\r\nConnection: close\r\n\r\n")?;
         let mut reply = String::new();
         stream.read_to_string(&mut reply)?;
         Ok(reply.starts_with("HTTP/1.1 200"))
     };
-    ask().unwrap_or(false)
+    get().unwrap_or(false)
 }
 
 fn resident(pid: u32) -> Result<f64> {
@@ -205,7 +204,7 @@ fn stop(child: &mut Child) -> Result<()> {
     }
     let pid = i32::try_from(child.id()).ok();
     let pid = pid.and_then(rustix::process::Pid::from_raw);
-    let pid = pid.context("a process without a pid")?;
+    let pid = pid.context("a process has no pid")?;
     rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
     let started = Instant::now();
     while child.try_wait()?.is_none() {

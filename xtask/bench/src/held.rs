@@ -1,8 +1,8 @@
 //! `cri.held500_rss_mib`: the memory of a proxy that holds many calls.
 //!
-//! The proxy is the real one, and each call is a StopContainer that it has taken in and asked about. The agent is
-//! played: 500 pods with connections would take minutes to make, and the proxy knows the agent only by its words.
-//! The containers do not exist, for the same reason; the calls are cancelled before the runtime hears of them.
+//! The proxy is the real one, and each call is a StopContainer that it holds. The agent is a stand-in, because 500 pods
+//! with connections would take minutes to make and the proxy needs only the agent's replies. For the same reason the
+//! containers do not exist: the bench cancels the calls before the proxy forwards them.
 
 use std::{
     sync::{
@@ -23,27 +23,26 @@ use tokio::{
 use tonic::Request;
 
 use crate::{
-    ebb::Proxy,
-    figures::{AtMost, Figures, Target},
-    lab::Lab,
+    ebb::ProxyProcess,
+    results::{AtMost, BenchResults, Goal},
     say,
+    testbed::Testbed,
 };
 
 const GRACE: Duration = Duration::from_secs(600);
-const HOLDING: &str =
-    "{\"type\":\"holding\",\"pod\":\"a-pod\",\"deadline_ms\":500000,\"reserve_ms\":5000}\n";
+const HOLDING: &str = "{\"type\":\"holding\",\"pod\":\"a-pod\",\"deadline\":18446744073709551615,\"reserve_ms\":5000}\n";
 
-pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
-    let n = lab.extent.held;
+pub(crate) fn measure(testbed: &Testbed, results: &mut BenchResults) -> Result<()> {
+    let n = testbed.scale.held;
     say(&format!("{n} calls held at once"));
-    let directory = lab.node.directory("held")?;
+    let directory = testbed.node.directory("held")?;
     let socket = directory.join("agent.sock");
-    let (idle, held) = lab.runtime.block_on(async {
+    let (idle, held) = testbed.runtime.block_on(async {
         let holds = Arc::new(AtomicUsize::new(0));
         let listener = UnixListener::bind(&socket)?;
-        let agent = tokio::spawn(play(listener, Arc::clone(&holds)));
-        let proxy = Proxy::start(&lab.ebb, lab.node.socket(), &socket, &directory)?;
-        let kubelet = lab.node.kubelet_at(&proxy.socket)?;
+        let agent = tokio::spawn(serve_holds(listener, Arc::clone(&holds)));
+        let proxy = ProxyProcess::start(&testbed.ebb, testbed.node.socket(), &socket, &directory)?;
+        let kubelet = testbed.node.kubelet_at(&proxy.socket)?;
         kubelet.is_ready().await?;
         let idle = proxy.resident()?;
         let mut calls = JoinSet::new();
@@ -67,9 +66,9 @@ pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
         sleep(Duration::from_secs(1)).await;
         ensure!(
             calls.try_join_next().is_none() && holds.load(Ordering::Relaxed) == n,
-            "a call was let go"
+            "a call was forwarded"
         );
-        // It serves others meanwhile.
+        // The proxy serves other calls meanwhile.
         ensure!(kubelet.is_ready().await?, "the runtime is not ready");
         let held = proxy.resident()?;
         calls.shutdown().await;
@@ -77,21 +76,21 @@ pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
         anyhow::Ok((idle, held))
     })?;
     let mib = |bytes: f64| bytes / (1024.0 * 1024.0);
-    let what = "resident memory of the proxy before";
-    figures.add("cri.idle_rss_mib", mib(idle), "MiB", what, Target::None)?;
+    let what = "resident memory of the proxy without held calls";
+    results.add("cri.idle_rss_mib", mib(idle), "MiB", what, Goal::None)?;
     let what = "resident memory of the proxy while it holds that many calls";
-    figures.add("cri.held500_rss_mib", mib(held), "MiB", what, AtMost(30.0))?;
-    let what = "StopContainer calls held at once (the agent is played)";
-    figures.add("cri.held500_calls", n as f64, "", what, Target::None)
+    results.add("cri.held500_rss_mib", mib(held), "MiB", what, AtMost(30.0))?;
+    let what = "StopContainer calls held at once (the agent is a stand-in)";
+    results.add("cri.held500_calls", n as f64, "", what, Goal::None)
 }
 
-/// An agent that has every call held, for as long as its caller stays. `holds` is how many are.
-async fn play(listener: UnixListener, holds: Arc<AtomicUsize>) -> Result<()> {
+/// An agent that holds every call until its caller disconnects. `holds` counts them.
+async fn serve_holds(listener: UnixListener, holds: Arc<AtomicUsize>) -> Result<()> {
     loop {
         let (stream, _) = listener.accept().await?;
         let holds = Arc::clone(&holds);
         tokio::spawn(async move {
-            if let Ok(mut stream) = hold(stream).await {
+            if let Ok(mut stream) = grant_hold(stream).await {
                 holds.fetch_add(1, Ordering::Relaxed);
                 let _ = stream.read(&mut [0]).await;
                 holds.fetch_sub(1, Ordering::Relaxed);
@@ -100,13 +99,16 @@ async fn play(listener: UnixListener, holds: Arc<AtomicUsize>) -> Result<()> {
     }
 }
 
-/// Reads the request, whose body fits in one packet, and says that the call is held.
-async fn hold(mut stream: UnixStream) -> Result<UnixStream> {
+/// Reads the request, whose body fits in one read, and replies `holding`.
+async fn grant_hold(mut stream: UnixStream) -> Result<UnixStream> {
     let mut request = Vec::new();
     while !request.ends_with(b"}") {
         ensure!(stream.read_buf(&mut request).await? > 0, "no request");
     }
-    ensure!(request.starts_with(b"POST /v1/holds "), "another request");
+    ensure!(
+        request.starts_with(b"POST /v1/holds "),
+        "an unexpected request"
+    );
     let reply = format!(
         "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{HOLDING}\r\n",
         HOLDING.len()

@@ -1,63 +1,65 @@
-//! Load on a server: wrk.
+//! Load on a server, made by wrk.
 
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{lab::Lab, machine};
+use crate::{machine, testbed::Testbed};
 
-/// How many clients wrk is, on one thread.
+/// wrk's connections, on one thread.
 const CLIENTS: &str = "32";
 
-/// How many requests were answered, and what that cost.
+/// What wrk and the kernel's accounting report of one load.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Load {
-    /// Requests per second.
+pub(crate) struct LoadResult {
+    /// Requests that got a reply.
+    pub(crate) requests: f64,
     pub(crate) rps: f64,
-    /// CPU time of all processes of the node for each request, in microseconds.
+    /// CPU time per request of all processes of the node, in microseconds.
     pub(crate) cpu_us: f64,
 }
 
-/// What a connection is used for.
+/// How many requests wrk sends on a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Connections {
-    /// One request each.
+pub(crate) enum ConnectionUse {
+    /// One.
     Close,
-    /// As many requests as fit in the time.
+    /// As many as fit in the window.
     Keep,
 }
 
-/// Has wrk ask the server for a while.
+/// Runs wrk against the server for `window`, in whole seconds.
 pub(crate) fn wrk(
-    lab: &Lab,
+    testbed: &Testbed,
     server: SocketAddr,
-    connections: Connections,
+    connections: ConnectionUse,
     window: Duration,
-) -> Result<Load> {
-    let mut command = lab.node.parts().wrk()?;
+) -> Result<LoadResult> {
+    let mut command = testbed.node.parts().wrk()?;
     // wrk knows whole seconds only.
     let seconds = window.as_secs();
     command
         .args(["--threads", "1", "--connections", CLIENTS])
         .arg(format!("--duration={seconds}s"));
-    if connections == Connections::Close {
+    if connections == ConnectionUse::Close {
         command.args(["--header", "Connection: close"]);
     }
     command.arg(format!("http://{server}/"));
-    let before = machine::cpu_time_us(lab.node.place())?;
+    let before = machine::cpu_time_us(testbed.node.paths())?;
     let output = command.output().context("starting wrk")?;
-    let cpu = machine::cpu_time_us(lab.node.place())? - before;
+    let cpu = machine::cpu_time_us(testbed.node.paths())? - before;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "wrk failed: {text}");
-    let (requests, rps) = parse(&text).with_context(|| format!("wrk says: {text}"))?;
-    ensure!(requests > 0.0 && rps > 0.0, "wrk got no answers: {text}");
-    Ok(Load {
+    let (requests, rps) = parse(&text).with_context(|| format!("parsing wrk's output: {text}"))?;
+    ensure!(requests > 0.0 && rps > 0.0, "wrk got no replies: {text}");
+    Ok(LoadResult {
+        requests,
         rps,
         cpu_us: cpu / requests,
     })
 }
 
-/// The requests and the requests per second.
+/// The number of requests and the requests per second.
 fn parse(text: &str) -> Option<(f64, f64)> {
     let requests = text
         .lines()
@@ -73,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_wrk_prints_is_read() {
+    fn requests_and_rate_are_parsed_from_wrks_output() {
         let text = "Running 1s test @ http://10.88.0.2:8080/\n  1 threads and 32 connections\n  \
                     Thread Stats   Avg      Stdev     Max   +/- Stdev\n  \
                     15231 requests in 1.10s, 3.62MB read\nRequests/sec:  13842.51\nTransfer/sec:      3.29MB\n";

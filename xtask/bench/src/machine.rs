@@ -1,9 +1,9 @@
-//! The machine that figures are of, and its clock of CPU time.
+//! Facts about the machine, and CPU time.
 
 use std::fs;
 
 use anyhow::{Context as _, Result};
-use ebb_node::sandbox::Place;
+use ebb_testkit::sandbox::SandboxPaths;
 use serde_json::{Value, json};
 
 /// Cores, kernel and CPU.
@@ -20,9 +20,9 @@ pub(crate) fn facts() -> Value {
     })
 }
 
-/// CPU time of all processes of the sandbox so far, in microseconds: server, clients and whatever is measured, the
-/// kernel's work on their behalf included, and nothing else that runs on the machine.
-pub(crate) fn cpu_time_us(place: &Place) -> Result<f64> {
+/// CPU time of all processes of the sandbox so far, user and system, in microseconds: the server, its clients and what
+/// runs beside them. Other processes of the machine are not counted.
+pub(crate) fn cpu_time_us(place: &SandboxPaths) -> Result<f64> {
     let path = place.cgroup("cpu.stat");
     let text =
         fs::read_to_string(&path).with_context(|| format!("can't read {}", path.display()))?;

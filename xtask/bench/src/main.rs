@@ -1,69 +1,70 @@
-//! What ebb costs: each figure beside its baseline, both measured in the same run. `cargo xtask bench` starts it.
+//! Measures what ebb costs, each value beside its baseline of the same run. `cargo xtask bench` starts it.
 
+mod beside;
 mod bpf;
 mod churn;
 mod cost;
 mod cri;
-mod crowd;
 mod ebb;
-mod figures;
 mod held;
+mod idle_conns;
 mod keepalive;
-mod lab;
 mod load;
 mod machine;
 mod many;
 mod netns;
-mod peer;
 mod release;
+mod results;
 mod stats;
+mod tcpstates;
+mod testbed;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
-use ebb_node::{helpers, sandbox};
+use ebb_testkit::{helpers, sandbox};
 use serde_json::json;
 
 use crate::{
-    figures::Figures,
-    lab::{Extent, Lab},
+    results::BenchResults,
+    testbed::{Scale, Testbed},
 };
 
-/// What the bench is told by xtask.
+/// Measure what ebb costs.
 #[derive(Parser)]
 #[command(name = "ebb-bench", max_term_width = 100)]
-struct Arguments {
+struct BenchArgs {
     #[command(subcommand)]
-    what: What,
+    command: BenchCommand,
 }
 
 #[derive(Subcommand)]
-enum What {
+enum BenchCommand {
     /// Tracking connections, listing and releasing.
-    Flows(Options),
+    Flows(MeasureOptions),
     /// The CRI proxy.
-    Cri(Options),
-    /// Keeps connections open, for a bench.
+    Cri(MeasureOptions),
+    /// Keep connections open, as a helper of a bench.
     #[command(hide = true)]
     Dial {
         server: SocketAddr,
         connections: usize,
     },
-    /// Prints state changes, for a bench.
+    /// Print TCP state changes, as a helper of a bench.
     #[command(hide = true)]
-    Peer,
+    Tcpstates,
 }
 
 #[derive(Args)]
-struct Options {
+struct MeasureOptions {
     /// The `ebb` binary.
     #[arg(long)]
     ebb: PathBuf,
     /// Print one JSON document on standard output; progress goes to standard error.
     #[arg(long)]
     json: bool,
-    /// Three pairs instead of eleven, and less of everything: whether it can be measured, not what it is.
+    /// Three pairs instead of eleven, and less of everything: a test of the bench, not a measurement.
     #[arg(long)]
     quick: bool,
     /// Only these parts: cost, churn, keepalive, many, release; calls, held.
@@ -72,7 +73,7 @@ struct Options {
 }
 
 /// A part of a bench, by its name.
-type Part = (&'static str, fn(&Lab, &mut Figures) -> Result<()>);
+type Part = (&'static str, fn(&Testbed, &mut BenchResults) -> Result<()>);
 
 const FLOWS: &[Part] = &[
     ("cost", cost::measure),
@@ -88,15 +89,16 @@ fn main() -> ExitCode {
     if let Some(code) = helpers::dispatch() {
         return code;
     }
-    let arguments = Arguments::parse();
-    match arguments.what {
-        What::Flows(options) => sandbox::inside(|| exit_code(run(&options, "flows", FLOWS))),
-        What::Cri(options) => sandbox::inside(|| exit_code(run(&options, "cri", CRI))),
-        What::Dial {
+    match BenchArgs::parse().command {
+        BenchCommand::Flows(options) => {
+            sandbox::inside(|| exit_code(run(&options, "flows", FLOWS)))
+        }
+        BenchCommand::Cri(options) => sandbox::inside(|| exit_code(run(&options, "cri", CRI))),
+        BenchCommand::Dial {
             server,
             connections,
-        } => exit_code(crowd::dial(server, connections)),
-        What::Peer => exit_code(peer::run()),
+        } => exit_code(idle_conns::dial(server, connections)),
+        BenchCommand::Tcpstates => exit_code(tcpstates::run()),
     }
 }
 
@@ -110,28 +112,28 @@ fn exit_code(result: Result<()>) -> ExitCode {
     }
 }
 
-fn run(options: &Options, name: &'static str, parts: &[Part]) -> Result<()> {
-    let extent = if options.quick {
-        Extent::QUICK
+fn run(options: &MeasureOptions, name: &'static str, parts: &[Part]) -> Result<()> {
+    let scale = if options.quick {
+        Scale::QUICK
     } else {
-        Extent::FULL
+        Scale::FULL
     };
     say("starting a node: containerd, runc, a bridge network; making images from local files");
-    let lab = Lab::start(&options.ebb, extent)?;
-    let mut figures = Figures::default();
-    figures.fact("bench", json!(name));
-    figures.fact("quick", json!(options.quick));
-    figures.fact("pairs", json!(extent.pairs));
-    figures.fact("machine", machine::facts());
+    let testbed = Testbed::start(&options.ebb, scale)?;
+    let mut results = BenchResults::default();
+    results.fact("bench", json!(name));
+    results.fact("quick", json!(options.quick));
+    results.fact("pairs", json!(scale.pairs));
+    results.fact("machine", machine::facts());
     for (part, measure) in parts {
         if options.only.is_empty() || options.only.iter().any(|only| only == part) {
-            measure(&lab, &mut figures).with_context(|| format!("measuring {part}"))?;
+            measure(&testbed, &mut results).with_context(|| format!("measuring {part}"))?;
         }
     }
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&figures.json())?);
+        println!("{}", serde_json::to_string_pretty(&results.json())?);
     } else {
-        print!("{}", figures.table());
+        print!("{}", results.table());
     }
     Ok(())
 }

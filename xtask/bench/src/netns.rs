@@ -1,11 +1,11 @@
-//! Doing something inside a pod's network namespace.
+//! Runs code in a pod's network namespace.
 
 use std::{fs::File, os::fd::AsFd as _, thread};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// Runs `f` on a thread in the network namespace of a process. What it opens or starts there stays there.
+/// Runs `f` on a thread in the network namespace of a process. Sockets and processes that `f` makes stay in it.
 pub(crate) fn inside<T: Send>(pid: u32, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let path = format!("/proc/{pid}/ns/net");
     let file = File::open(&path).with_context(|| format!("can't open {path}"))?;

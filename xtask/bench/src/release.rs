@@ -1,4 +1,4 @@
-//! `release`: from the last close of a pod's connections to the end of its hold.
+//! `release`: the time from the last close of a pod's connections to the end of its hold.
 
 use std::{
     io::{Read as _, Write as _},
@@ -8,50 +8,55 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use ebb_node::kubelet::PodSpec;
+use ebb_testkit::kubelet::PodSpec;
 use serde_json::Value;
 
 use crate::{
-    crowd::Crowd,
-    ebb::Agent,
-    figures::{AtMost, Figures, Target},
-    lab::Lab,
-    netns, say, stats,
+    beside::wait_connection,
+    ebb::AgentProcess,
+    idle_conns::SinkPod,
+    netns,
+    results::{AtMost, BenchResults, Goal},
+    say, stats,
+    testbed::Testbed,
 };
 
 const PORT: u16 = 8080;
 
-/// How long a hold waits before its last connection is closed: it is past its first looks then.
+/// How long a pod is held before the bench closes its last connection: longer than the first dumps take.
 const HELD_FOR: Duration = Duration::from_millis(150);
 
-/// How long a wait may take to become a drain.
+/// How long a wait may take to begin a drain.
 const BEGINS_WITHIN: Duration = Duration::from_secs(10);
 
-/// A release, in microseconds.
+/// How long a wait may take to return.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
+
+/// The latencies of a release, in microseconds.
 struct Released {
-    /// From the kernel's stamp on the last close, by ebb's own report.
+    /// From the kernel's time stamp of the last close to the release, by ebb's report.
     lag: f64,
-    /// From the client's close to the answer of `/v1/wait`, the server's own close and all wake-ups included.
+    /// From the client's close to the first byte of the reply to `/v1/wait`, the server's close and all wake-ups included.
     outside: f64,
 }
 
-/// Each release is that of a pod of its own: a second hold of the same pod would be answered from memory.
-pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
-    let crowd = Crowd::start(lab, "others", lab.extent.others)?;
-    let others = crowd.dial(lab, lab.extent.others)?;
+/// Each release uses a new pod: the agent answers a second hold of the same pod from its history.
+pub(crate) fn measure(testbed: &Testbed, results: &mut BenchResults) -> Result<()> {
+    let sinks = SinkPod::start(testbed, "others", testbed.scale.others)?;
+    let others = sinks.dial(testbed, testbed.scale.others)?;
     say(&format!(
         "{} releases with {} other connections open: the last client closes, `/v1/wait` returns",
-        lab.extent.releases, lab.extent.others
+        testbed.scale.releases, testbed.scale.others
     ));
-    let agent = lab.agent()?;
+    let agent = testbed.agent()?;
     let mut released = Vec::new();
-    for i in 0..lab.extent.releases {
-        let one = one(lab, &agent, &format!("release-{i}"));
+    for i in 0..testbed.scale.releases {
+        let one = one(testbed, &agent, &format!("release-{i}"));
         released.push(one.with_context(|| format!("release {i}"))?);
     }
     agent.stop()?;
     drop(others);
-    lab.end(&crowd.pod)?;
+    testbed.end(&sinks.pod)?;
 
     let lags: Vec<f64> = released.iter().map(|r| r.lag).collect();
     let outside: Vec<f64> = released.iter().map(|r| r.outside).collect();
@@ -60,43 +65,43 @@ pub(crate) fn measure(lab: &Lab, figures: &mut Figures) -> Result<()> {
             "release.p50_us",
             &lags,
             0.5,
-            "last close, by the kernel's stamp, to release",
-            AtMost(500.0),
+            "last close, by the kernel's time stamp, to release",
+            AtMost(300.0),
         ),
-        ("release.p99_us", &lags, 0.99, "…", AtMost(5000.0)),
+        ("release.p99_us", &lags, 0.99, "…", AtMost(3000.0)),
         (
             "release.outside_p50_us",
             &outside,
             0.5,
-            "close() of the client to the answer at the waiting caller",
-            Target::None,
+            "close() of the client to the first byte of the reply to the wait",
+            Goal::None,
         ),
-        ("release.outside_p99_us", &outside, 0.99, "…", Target::None),
+        ("release.outside_p99_us", &outside, 0.99, "…", Goal::None),
     ] {
-        figures.add(key, stats::percentile(values, p)?, "µs", what, target)?;
+        results.add(key, stats::percentile(values, p)?, "µs", what, target)?;
     }
-    let (n, others) = (lab.extent.releases as f64, lab.extent.others as f64);
-    figures.add("release.releases", n, "", "releases", Target::None)?;
+    let (n, others) = (testbed.scale.releases as f64, testbed.scale.others as f64);
+    results.add("release.releases", n, "", "releases", Goal::None)?;
     let what = "other connections open on the node";
-    figures.add("release.others", others, "", what, Target::None)
+    results.add("release.others", others, "", what, Goal::None)
 }
 
-fn one(lab: &Lab, agent: &Agent, name: &str) -> Result<Released> {
-    // Settling is not what is measured.
-    let pod = lab.run(&PodSpec::new(name).annotation("ebb.dev/quiet", "0s"))?;
-    let pid = lab.sandbox_pid(&pod)?;
-    let (listener, waiting) = netns::inside(pid, || {
-        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
-        Ok((listener, TcpStream::connect(lab.node_port())?))
+fn one(testbed: &Testbed, agent: &AgentProcess, name: &str) -> Result<Released> {
+    // Without a settle phase, which is not measured.
+    let pod = testbed.run(&PodSpec::new(name).annotation("ebb.dev/quiet", "0s"))?;
+    let pid = testbed.sandbox_pid(&pod)?;
+    let listener = netns::inside(pid, || {
+        Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?)
     })?;
+    let waiting = wait_connection(testbed, pid)?;
     let client = TcpStream::connect(pod.v4(PORT)?)?;
     let (served, _) = listener.accept()?;
-    // The pod's server: it closes when its client has.
+    // The pod's server closes when its client has.
     let server = thread::spawn(move || {
         let mut served = served;
         let _ = served.read(&mut [0]);
     });
-    let caller = thread::spawn(move || wait(waiting));
+    let caller = thread::spawn(move || wait(waiting, ANSWERS_WITHIN));
     until_draining(agent, name)?;
     sleep(HELD_FOR);
     ensure!(!caller.is_finished(), "the pod was not held");
@@ -107,7 +112,7 @@ fn one(lab: &Lab, agent: &Agent, name: &str) -> Result<Released> {
         .unwrap_or_else(|_| anyhow::bail!("the caller panicked"))?;
     let _ = server.join();
     drop(listener);
-    lab.end(&pod)?;
+    testbed.end(&pod)?;
     ensure!(report["reason"] == "drained", "not drained: {report}");
     let lag = report["release_lag_us"].as_f64();
     Ok(Released {
@@ -116,8 +121,8 @@ fn one(lab: &Lab, agent: &Agent, name: &str) -> Result<Released> {
     })
 }
 
-/// The agent looks for a pod that it does not know yet a while after its start: the wait begins then.
-fn until_draining(agent: &Agent, name: &str) -> Result<()> {
+/// Waits until the pod drains. The agent may discover a new pod with a delay, and the wait begins after that.
+pub(crate) fn until_draining(agent: &AgentProcess, name: &str) -> Result<()> {
     let started = Instant::now();
     loop {
         let output = agent.query(&["drains", "-o", "json"]).output()?;
@@ -137,16 +142,16 @@ fn until_draining(agent: &Agent, name: &str) -> Result<()> {
     }
 }
 
-/// GETs `/v1/wait`: the moment of its answer, and the answer.
-fn wait(mut stream: TcpStream) -> Result<(Instant, Value)> {
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+/// Sends `GET /v1/wait` and returns the time of the reply's first byte, and its JSON.
+pub(crate) fn wait(mut stream: TcpStream, within: Duration) -> Result<(Instant, Value)> {
+    stream.set_read_timeout(Some(within))?;
     stream.write_all(b"GET /v1/wait HTTP/1.1\r\nHost: ebb\r\nConnection: close\r\n\r\n")?;
     let mut first = [0];
     stream.read_exact(&mut first)?;
     let answered = Instant::now();
     let mut rest = String::new();
     stream.read_to_string(&mut rest)?;
-    let (head, body) = rest.split_once("\r\n\r\n").context("no HTTP")?;
+    let (head, body) = rest.split_once("\r\n\r\n").context("not an HTTP reply")?;
     ensure!(head.contains(" 200 "), "{head}: {body}");
     Ok((answered, serde_json::from_str(body)?))
 }

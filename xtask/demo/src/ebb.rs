@@ -1,4 +1,4 @@
-//! Running ebb, and asking it as a user would: through its command line.
+//! Runs ebb, and queries it by its command line.
 
 use std::{
     path::{Path, PathBuf},
@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ebb_node::Node;
+use ebb_testkit::Node;
 use serde_json::Value;
 use tokio::{
     net::UnixStream,
@@ -25,7 +25,7 @@ pub(crate) struct Ebb {
 }
 
 impl Ebb {
-    /// Starts both and waits until they serve.
+    /// Starts both and waits until they answer.
     pub(crate) async fn start(program: &Path, node: &Node) -> Result<Self> {
         let run = node.directory("ebb")?;
         let agent_socket = run.join("agent.sock");
@@ -38,9 +38,8 @@ impl Ebb {
             .arg("--run-dir")
             .arg(&run)
             .args(["--kube", "off"]);
-        let mut proxy = Command::new(program);
+        let mut proxy = Command::new(program.with_file_name("ebb-cri-proxy"));
         proxy
-            .arg("cri-proxy")
             .arg("--listen")
             .arg(&cri_socket)
             .arg("--runtime")
@@ -67,18 +66,28 @@ impl Ebb {
         Ok(ebb)
     }
 
-    /// The proxy's socket, for the kubelet.
+    /// The proxy's CRI socket.
     pub(crate) fn cri_socket(&self) -> &Path {
         &self.cri_socket
     }
 
-    /// What a verb prints for people, indented.
+    /// The `ebb` binary.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// The agent's socket.
+    pub(crate) fn agent_socket(&self) -> &Path {
+        &self.agent_socket
+    }
+
+    /// The output of `ebb VERB…`, indented.
     pub(crate) async fn table(&self, verb: &[&str]) -> Result<String> {
         let text = self.query(verb).await?;
         Ok(text.lines().map(|line| format!("    {line}\n")).collect())
     }
 
-    /// The report of a pod's drain.
+    /// ebb's report of a pod's drain.
     pub(crate) async fn report(&self, pod: &str) -> Result<Value> {
         let document: Value = serde_json::from_str(&self.query(&["drains", "-o", "json"]).await?)?;
         let drains = document["drains"]
@@ -90,7 +99,7 @@ impl Ebb {
             .with_context(|| format!("`ebb drains` has no report of {pod}"))
     }
 
-    /// Stops both, as a supervisor would.
+    /// Stops both by SIGTERM.
     pub(crate) async fn stop(&mut self) -> Result<()> {
         for child in [&mut self.proxy, &mut self.agent] {
             let pid = child.id().context("ebb ended by itself")?;
@@ -122,7 +131,7 @@ fn spawn(command: &mut Command) -> Result<Child> {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        // What they log of a drain is in its report, which is shown.
+        // The demo shows the drain's report instead of the log.
         .env("EBB_LOG", "warn")
         .kill_on_drop(true)
         .spawn()

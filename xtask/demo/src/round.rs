@@ -1,4 +1,4 @@
-//! One pod, its clients, and its end.
+//! One round: runs a pod with clients and stops it.
 
 use std::{
     collections::BTreeMap,
@@ -6,33 +6,32 @@ use std::{
 };
 
 use anyhow::Result;
-use ebb_node::{
+use ebb_testkit::{
     Node,
-    clients::{Kind, Tally},
+    clients::{ClientKind, Tally},
     kubelet::Kubelet,
 };
 
 use crate::{ebb::Ebb, say, scene};
 
-/// How often the flows are shown while they drain.
-const LOOK_EVERY: Duration = Duration::from_secs(4);
+/// How often the demo prints the flows during the drain.
+const SHOW_EVERY: Duration = Duration::from_secs(4);
 
-/// How a round went.
+/// The results of a round.
 pub(crate) struct Round {
-    /// What became of each kind of client's requests.
-    pub(crate) tallies: BTreeMap<Kind, Tally>,
-    /// How long the kubelet's calls took, from the first StopContainer to the end of StopPodSandbox.
+    /// Requests and failures by kind of client.
+    pub(crate) tallies: BTreeMap<ClientKind, Tally>,
+    /// The time from the first StopContainer to the reply to StopPodSandbox.
     pub(crate) stop: Duration,
 }
 
 impl Round {
-    /// All requests.
     pub(crate) fn total(&self) -> Tally {
         Tally::sum(self.tallies.values())
     }
 }
 
-/// Runs a pod with clients and stops it as `kubelet`; with `ebb`, shows the flows meanwhile.
+/// Runs a pod with clients and stops it with the calls of `kubelet`. With `ebb`, prints the flows meanwhile.
 pub(crate) async fn play(
     node: &Node,
     kubelet: &Kubelet,
@@ -42,7 +41,7 @@ pub(crate) async fn play(
     let pod = scene::pod(node, kubelet, name).await?;
     let mut clients = scene::clients(&pod).await?;
     say(
-        "clients are at work: 2 slow downloads, 8 requests that take 5 s, 6 idle keep-alive connections, 12 in an accept queue",
+        "clients are busy: 2 slow downloads, 8 requests that take 5 s, 6 idle keep-alive connections, 12 in an accept queue",
     );
     if let Some(ebb) = ebb {
         eprint!("{}", ebb.table(&["flows", name]).await?);
@@ -54,11 +53,11 @@ pub(crate) async fn play(
     let started = Instant::now();
     let stopping = kubelet.stop(&pod, scene::GRACE);
     tokio::pin!(stopping);
-    let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK_EVERY, LOOK_EVERY);
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + SHOW_EVERY, SHOW_EVERY);
     let stop = loop {
         tokio::select! {
             stop = &mut stopping => break stop,
-            _ = look.tick(), if ebb.is_some() => {
+            _ = ticks.tick(), if ebb.is_some() => {
                 if let Some(ebb) = ebb {
                     say(&format!("{:.0} s later", started.elapsed().as_secs_f64()));
                     eprint!("{}", ebb.table(&["drains"]).await?);

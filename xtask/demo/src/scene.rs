@@ -1,23 +1,22 @@
-//! The pod and its clients.
+//! The demo's pod and its clients.
 
 use std::{fs, net::SocketAddr, time::Duration};
 
 use anyhow::Result;
-use ebb_node::{
+use ebb_testkit::{
     Node,
-    clients::{Clients, Load},
+    clients::{ClientLoad, Clients},
     http,
-    kubelet::{ContainerSpec, Kubelet, Pod, PodSpec},
+    kubelet::{ContainerSpec, Kubelet, PodSpec, StartedPod},
 };
 
-/// terminationGracePeriodSeconds of the pod.
+/// The pod's terminationGracePeriodSeconds.
 pub(crate) const GRACE: Duration = Duration::from_secs(30);
 
-/// For how long connections still arrive after the stop began: endpoints, kube-proxies and balancers need
-/// their time to hear of it.
+/// How long new connections arrive after the stop began: endpoints, kube-proxies and balancers are updated with a delay.
 const STALE_FOR: Duration = Duration::from_secs(3);
 
-/// nginx answers from a file, or asks an application that takes its time.
+/// nginx serves files and forwards `/api/` to a slow application.
 const NGINX: &str = "\
 server {
     listen 8080;
@@ -30,13 +29,13 @@ server {
 }
 ";
 
-/// A file that takes ten seconds at the rate at which it is read.
+/// The size of a file that takes ten seconds at the clients' rate.
 const DOWNLOAD: usize = 10 << 20;
 const DOWNLOAD_RATE: u64 = 1 << 20;
 
-/// Runs the pod: nginx, its slow upstream, and an application that serves one connection at a time, whose
-/// clients therefore wait in its accept backlog.
-pub(crate) async fn pod(node: &Node, kubelet: &Kubelet, name: &str) -> Result<Pod> {
+/// Runs the pod: nginx, its slow upstream, and an application that serves one connection at a time, so that its clients
+/// wait in its accept backlog.
+pub(crate) async fn pod(node: &Node, kubelet: &Kubelet, name: &str) -> Result<StartedPod> {
     let conf = node.directory("conf")?;
     fs::write(conf.join("default.conf"), NGINX)?;
     let files = node.directory("srv")?;
@@ -64,13 +63,13 @@ pub(crate) async fn pod(node: &Node, kubelet: &Kubelet, name: &str) -> Result<Po
     Ok(pod)
 }
 
-/// Starts the clients that are at work when the stop comes, and waits until they are.
-pub(crate) async fn clients(pod: &Pod) -> Result<Clients> {
+/// Starts the clients that are busy when the stop comes, and waits until they are.
+pub(crate) async fn clients(pod: &StartedPod) -> Result<Clients> {
     let (web, queue) = (pod.v4(8080)?, pod.v4(8081)?);
     let mut clients = Clients::new();
     clients.start(
         web,
-        Load::Download {
+        ClientLoad::Download {
             path: "/download".into(),
             rate: Some(DOWNLOAD_RATE),
             clients: 2,
@@ -78,14 +77,14 @@ pub(crate) async fn clients(pod: &Pod) -> Result<Clients> {
     );
     clients.start(
         web,
-        Load::Slow {
+        ClientLoad::Slow {
             path: "/api/slow?ms=5000".into(),
             clients: 8,
         },
     );
     clients.start(
         pod.v6(8080)?,
-        Load::Idle {
+        ClientLoad::Idle {
             path: "/".into(),
             quiet: Duration::from_secs(8),
             clients: 6,
@@ -93,7 +92,7 @@ pub(crate) async fn clients(pod: &Pod) -> Result<Clients> {
     );
     clients.start(
         queue,
-        Load::Backlog {
+        ClientLoad::Backlog {
             path: "/".into(),
             clients: 12,
         },
@@ -102,11 +101,11 @@ pub(crate) async fn clients(pod: &Pod) -> Result<Clients> {
     Ok(clients)
 }
 
-/// Starts the client that has not heard yet.
+/// Starts the client that keeps opening connections after the stop.
 pub(crate) fn stale(clients: &mut Clients, web: SocketAddr) {
     clients.start(
         web,
-        Load::Stale {
+        ClientLoad::Stale {
             path: "/".into(),
             every: Duration::from_millis(100),
             during: STALE_FOR,

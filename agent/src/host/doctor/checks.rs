@@ -1,75 +1,71 @@
-//! From the facts of a node to checks. Pure.
+//! The checks of a node, made from its facts. Pure.
 
 use std::path::{Path, PathBuf};
 
 use super::{
     Check,
-    Status::{Fail, Ok as Fine, Warn},
+    CheckStatus::{Fail, Ok as Fine, Warn},
 };
 use crate::host::{
     install::CRIO_SUFFIX,
     kubelet::{FIRST_VERSION, Kubelet, same_socket},
 };
 
-/// The first kernel that has all that the BPF programs need.
-const FIRST_KERNEL: (u32, u32) = (5, 12);
+/// The first kernel that has everything the BPF programs need.
+const FIRST_KERNEL: (u32, u32) = (5, 15);
 
 /// The capabilities that the agent needs, by their numbers (`include/uapi/linux/capability.h`). What each is for
 /// is in deploy/daemonset.yaml.
 pub const CAPABILITIES: [(u32, &str); 5] = [
     (2, "CAP_DAC_READ_SEARCH"),
+    (5, "CAP_KILL"),
     (10, "CAP_NET_BIND_SERVICE"),
-    (12, "CAP_NET_ADMIN"),
     (19, "CAP_SYS_PTRACE"),
     (21, "CAP_SYS_ADMIN"),
 ];
 
-/// A CRI socket and what answers there: the runtime's name and version, or what went wrong, in one line.
-pub(super) type Answer = Result<String, String>;
+/// What a component answers with, such as the runtime's name and version; or the error, in one line.
+pub(super) type ProbeResult = Result<String, String>;
 
-/// A kubelet's version, or why it can't be had.
-pub(super) type Version = Result<(u32, u32), String>;
+/// A kubelet's version, or why it is unknown.
+pub(super) type KubeletVersion = Result<(u32, u32), String>;
 
-/// What is known of the node.
 #[derive(Clone, Debug)]
-pub(super) struct Facts {
+pub(super) struct NodeFacts {
     /// `uname -r`.
     pub(super) kernel: String,
-    /// Whether the kernel's types are there, with all fields and the tracepoint.
+    /// Whether the kernel's BTF has all fields and the tracepoint.
     pub(super) btf: Result<(), String>,
+    /// `/sys/kernel/security/lockdown`, if it could be read.
+    pub(super) lockdown: Option<String>,
     /// `CapEff` of this process, if it could be read.
     pub(super) capabilities: Option<u64>,
-    /// Where cgroup v2 was looked for, and whether it is there.
+    /// The expected mount of cgroup v2, and whether it is there.
     pub(super) cgroup2: (PathBuf, bool),
-    /// The agent's version, or why it does not answer.
-    pub(super) agent: Answer,
-    /// Pods that the agent can't track, and why.
+    /// The agent's version.
+    pub(super) agent: ProbeResult,
+    /// The pods that the agent can't track, with the reasons.
     pub(super) untracked: Vec<(String, String)>,
-    /// The kubelet, and its version or why that can't be had.
-    pub(super) kubelet: Option<(Kubelet, Version)>,
+    pub(super) kubelet: Option<(Kubelet, KubeletVersion)>,
     /// The runtime's own socket.
-    pub(super) runtime: (PathBuf, Answer),
-    /// The proxy's socket; no answer if there is no such socket.
-    pub(super) proxy: (PathBuf, Option<Answer>),
+    pub(super) runtime: (PathBuf, ProbeResult),
+    /// The proxy's socket; `None` if it does not exist.
+    pub(super) proxy: (PathBuf, Option<ProbeResult>),
 }
 
-impl Facts {
+impl NodeFacts {
     fn kubelet_uses_proxy(&self) -> bool {
         let kubelet = self.kubelet.as_ref();
-        kubelet.is_some_and(|(k, _)| same_socket(&k.endpoint, &self.proxy.0))
+        kubelet.is_some_and(|(k, _)| k.unread.is_none() && same_socket(&k.endpoint, &self.proxy.0))
     }
 }
 
 /// All checks of a node.
-pub(super) fn checks(facts: &Facts) -> Vec<Check> {
-    let mut checks = vec![
-        kernel(facts),
-        btf(facts),
-        capabilities(facts),
-        cgroup2(facts),
-        runtime(facts),
-        agent(facts),
-    ];
+pub(super) fn checks(facts: &NodeFacts) -> Vec<Check> {
+    let mut checks = vec![kernel(facts), btf(facts), capabilities(facts)];
+    checks.extend(lockdown(facts));
+    checks.extend([cgroup2(facts), runtime(facts), agent(facts)]);
+    checks.extend(cri_dockerd(facts));
     checks.extend(sandboxes(facts));
     checks.push(kubelet_version(facts));
     checks.push(proxy(facts));
@@ -79,7 +75,7 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     checks
 }
 
-fn kernel(facts: &Facts) -> Check {
+fn kernel(facts: &NodeFacts) -> Check {
     let release = &facts.kernel;
     let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
@@ -89,17 +85,17 @@ fn kernel(facts: &Facts) -> Check {
         (Some(Ok(_)), Some(Ok(_))) => Check::new(
             "kernel",
             Fail,
-            format!("Linux {release} is too old: ebb needs 5.12 or later"),
+            format!("Linux {release} is too old: ebb needs Linux 5.15 or later"),
         ),
         _ => Check::new(
             "kernel",
             Warn,
-            format!("{release:?} does not begin with a version: ebb needs Linux 5.12 or later"),
+            format!("{release:?} does not begin with a version: ebb needs Linux 5.15 or later"),
         ),
     }
 }
 
-fn btf(facts: &Facts) -> Check {
+fn btf(facts: &NodeFacts) -> Check {
     match &facts.btf {
         Ok(()) => Check::new(
             "kernel types",
@@ -110,10 +106,10 @@ fn btf(facts: &Facts) -> Check {
     }
 }
 
-fn capabilities(facts: &Facts) -> Check {
+fn capabilities(facts: &NodeFacts) -> Check {
     let name = "capabilities";
     let Some(has) = facts.capabilities else {
-        return Check::new(name, Warn, "/proc/self/status does not say which there are");
+        return Check::new(name, Warn, "/proc/self/status has no CapEff");
     };
     let missing: Vec<&str> = CAPABILITIES
         .iter()
@@ -121,9 +117,9 @@ fn capabilities(facts: &Facts) -> Check {
         .map(|(_, name)| *name)
         .collect();
     if missing.is_empty() {
-        return Check::new(name, Fine, "those that the agent needs are there");
+        return Check::new(name, Fine, "this process has those that the agent needs");
     }
-    // It is this process that lacks them: the agent may have them.
+    // This process lacks them; the agent may have them.
     let status = if facts.agent.is_ok() { Warn } else { Fail };
     let missing = missing.join(", ");
     Check::new(
@@ -133,7 +129,35 @@ fn capabilities(facts: &Facts) -> Check {
     )
 }
 
-fn cgroup2(facts: &Facts) -> Check {
+/// With lockdown=confidentiality, BPF programs may not read the kernel's memory (`LOCKDOWN_BPF_READ_KERNEL`,
+/// include/linux/security.h).
+fn lockdown(facts: &NodeFacts) -> Option<Check> {
+    let is_confidential = facts.lockdown.as_ref()?.contains("[confidentiality]");
+    is_confidential.then(|| {
+        Check::new(
+            "lockdown",
+            Fail,
+            "the kernel runs with lockdown=confidentiality",
+        )
+        .because("no BPF program may read sockets then, so ebb sees no connections")
+        .change("boot with lockdown=integrity")
+    })
+}
+
+/// cri-dockerd's verbose statuses have no process ids.
+fn cri_dockerd(facts: &NodeFacts) -> Option<Check> {
+    let name = facts.runtime.1.as_ref().ok()?;
+    name.starts_with("docker").then(|| {
+        Check::new("cri-dockerd", Warn, format!("the runtime is {name}"))
+            .because(
+                "it does not tell the processes of containers, so all pods are untracked: stops are held for the \
+                 settle time alone",
+            )
+            .change("use containerd or CRI-O as the kubelet's runtime")
+    })
+}
+
+fn cgroup2(facts: &NodeFacts) -> Check {
     let (path, there) = &facts.cgroup2;
     let path = path.display();
     if *there {
@@ -143,12 +167,12 @@ fn cgroup2(facts: &Facts) -> Check {
         "cgroup v2",
         Warn,
         format!(
-            "not at {path}: pods on the host network will be untracked (--cgroup-root names another place)"
+            "not mounted at {path}: host-network pods will be untracked (--cgroup-root sets another path)"
         ),
     )
 }
 
-fn runtime(facts: &Facts) -> Check {
+fn runtime(facts: &NodeFacts) -> Check {
     let (socket, answer) = &facts.runtime;
     match answer {
         Ok(name) => Check::new("runtime", Fine, format!("{name} at {}", socket.display())),
@@ -156,7 +180,7 @@ fn runtime(facts: &Facts) -> Check {
     }
 }
 
-fn agent(facts: &Facts) -> Check {
+fn agent(facts: &NodeFacts) -> Check {
     let own = env!("CARGO_PKG_VERSION");
     match &facts.agent {
         Ok(version) if version == own => Check::new("agent", Fine, format!("version {version}")),
@@ -167,13 +191,18 @@ fn agent(facts: &Facts) -> Check {
         ),
         Err(why) => Check::new(
             "agent",
-            Warn,
-            format!("{why}; without it nothing is held or shown"),
+            // The kubelet's calls go through a proxy that has no agent to ask.
+            if facts.kubelet_uses_proxy() {
+                Fail
+            } else {
+                Warn
+            },
+            format!("{why}; without the agent, ebb neither holds stops nor shows connections"),
         ),
     }
 }
 
-fn sandboxes(facts: &Facts) -> Option<Check> {
+fn sandboxes(facts: &NodeFacts) -> Option<Check> {
     if facts.agent.is_err() {
         return None;
     }
@@ -181,39 +210,39 @@ fn sandboxes(facts: &Facts) -> Option<Check> {
         return Some(Check::new(
             "pods",
             Fine,
-            "the connections of every pod can be seen",
+            "the agent sees the connections of every pod",
         ));
     };
     let n = facts.untracked.len();
     Some(Check::new(
         "pods",
         Warn,
-        format!("{n} untracked, which are held for the settle time alone; {pod}: {why}"),
+        format!("{n} untracked, held for the settle time alone; {pod}: {why}"),
     ))
 }
 
-fn kubelet_version(facts: &Facts) -> Check {
+fn kubelet_version(facts: &NodeFacts) -> Check {
     let (major, minor) = FIRST_VERSION;
     match &facts.kubelet {
         None => Check::new(
             "kubelet",
             Warn,
             format!(
-                "none runs here, or it can't be seen from here; the proxy needs {major}.{minor} or later"
+                "not running, or not visible from here; the proxy needs {major}.{minor} or later"
             ),
         ),
         Some((_, Ok(v))) if *v >= FIRST_VERSION => {
             Check::new("kubelet", Fine, format!("version {}.{}", v.0, v.1))
         }
         Some((_, Ok(v))) => {
-            // Of no harm as long as it talks to the runtime itself.
+            // Harmless while it talks to the runtime directly.
             let status = if facts.kubelet_uses_proxy() {
                 Fail
             } else {
                 Warn
             };
             let detail = format!(
-                "version {}.{}: its calls don't get through the proxy, which needs {major}.{minor} or later",
+                "version {}.{}: the proxy can't serve it and needs {major}.{minor} or later",
                 v.0, v.1
             );
             Check::new("kubelet", status, detail)
@@ -221,12 +250,12 @@ fn kubelet_version(facts: &Facts) -> Check {
         Some((_, Err(why))) => Check::new(
             "kubelet",
             Warn,
-            format!("its version can't be had ({why}); the proxy needs {major}.{minor} or later"),
+            format!("its version is unknown ({why}); the proxy needs {major}.{minor} or later"),
         ),
     }
 }
 
-fn proxy(facts: &Facts) -> Check {
+fn proxy(facts: &NodeFacts) -> Check {
     let (socket, answer) = &facts.proxy;
     match answer {
         Some(Ok(_)) => Check::new("proxy", Fine, format!("answers at {}", socket.display())),
@@ -239,7 +268,7 @@ fn proxy(facts: &Facts) -> Check {
             "proxy",
             Fail,
             format!(
-                "the kubelet is told to use {}, and nothing is there",
+                "the kubelet is configured to use {}, which does not exist",
                 socket.display()
             ),
         ),
@@ -254,26 +283,30 @@ fn proxy(facts: &Facts) -> Check {
     }
 }
 
-fn same_runtime(facts: &Facts) -> Option<Check> {
+fn same_runtime(facts: &NodeFacts) -> Option<Check> {
     let (Some(Ok(through)), Ok(direct)) = (&facts.proxy.1, &facts.runtime.1) else {
         return None;
     };
     let name = "proxy's runtime";
     Some(if through == direct {
-        Check::new(name, Fine, format!("{through}, the same as without it"))
+        Check::new(
+            name,
+            Fine,
+            format!("{through}, the same as without the proxy"),
+        )
     } else {
         Check::new(
             name,
             Fail,
             format!(
-                "{through}, and at {} it is {direct}: set the proxy's --runtime",
+                "{through}, but {} is {direct}: set the proxy's --runtime",
                 facts.runtime.0.display()
             ),
         )
     })
 }
 
-fn crio_suffix(facts: &Facts) -> Option<Check> {
+fn crio_suffix(facts: &NodeFacts) -> Option<Check> {
     let Ok(name) = &facts.runtime.1 else {
         return None;
     };
@@ -293,24 +326,35 @@ fn crio_suffix(facts: &Facts) -> Option<Check> {
             "CRI-O",
             Fail,
             format!(
-                "the proxy's socket {} does not end with {CRIO_SUFFIX}: the kubelet would lose its statistics",
+                "the proxy's socket {} does not end with {CRIO_SUFFIX}: the kubelet would lose CRI-O's statistics",
                 socket.display()
             ),
         )
     })
 }
 
-fn kubelet_endpoint(facts: &Facts) -> Check {
+fn kubelet_endpoint(facts: &NodeFacts) -> Check {
     let name = "kubelet's endpoint";
     let Some((kubelet, _)) = &facts.kubelet else {
         return Check::new(name, Warn, "unknown");
     };
+    if let Some(path) = &kubelet.unread {
+        return Check::new(
+            name,
+            Warn,
+            format!(
+                "unknown: its configuration {} can't be read from here; run this on the host, or in a container with \
+                 the host's processes and CAP_SYS_PTRACE",
+                path.display()
+            ),
+        );
+    }
     let endpoint = kubelet.endpoint.display();
     if facts.kubelet_uses_proxy() {
         return Check::new(
             name,
             Fine,
-            format!("{endpoint}, the proxy, by {}", kubelet.source),
+            format!("{endpoint} (the proxy), set by {}", kubelet.source),
         );
     }
     let known = same_socket(&kubelet.endpoint, Path::new(&facts.runtime.0));
@@ -323,7 +367,7 @@ fn kubelet_endpoint(facts: &Facts) -> Check {
         name,
         Warn,
         format!(
-            "{endpoint}, {what}, by {}: stops are not held; see `ebb install-cri`",
+            "{endpoint} ({what}), set by {}: stops are not held; see `ebb install-cri`",
             kubelet.source
         ),
     )
@@ -332,24 +376,26 @@ fn kubelet_endpoint(facts: &Facts) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::{doctor::Status, kubelet::Source};
+    use crate::host::{doctor::CheckStatus, kubelet::EndpointSource};
 
-    fn kubelet(endpoint: &str, version: (u32, u32)) -> Option<(Kubelet, Version)> {
+    fn kubelet(endpoint: &str, version: (u32, u32)) -> Option<(Kubelet, KubeletVersion)> {
         let kubelet = Kubelet {
             pid: 1,
             endpoint: endpoint.into(),
-            source: Source::Flag,
+            source: EndpointSource::Flag,
             config_dir: None,
             config: None,
+            unread: None,
         };
         Some((kubelet, Ok(version)))
     }
 
-    /// A node where all is well.
-    fn well() -> Facts {
-        Facts {
+    /// A node where every check is fine.
+    fn healthy() -> NodeFacts {
+        NodeFacts {
             kernel: "6.1.0-13-amd64".into(),
             btf: Ok(()),
+            lockdown: Some("none [integrity] confidentiality\n".into()),
             capabilities: Some(u64::MAX),
             cgroup2: ("/sys/fs/cgroup".into(), true),
             agent: Ok(env!("CARGO_PKG_VERSION").into()),
@@ -366,29 +412,29 @@ mod tests {
         }
     }
 
-    fn not_fine(change: impl FnOnce(&mut Facts)) -> Vec<(String, Status)> {
-        let mut facts = well();
+    fn not_fine(change: impl FnOnce(&mut NodeFacts)) -> Vec<(String, CheckStatus)> {
+        let mut facts = healthy();
         change(&mut facts);
         let checks = checks(&facts).into_iter();
         let odd = checks.filter(|c| c.status != Fine);
         odd.map(|c| (c.name, c.status)).collect()
     }
 
-    fn one(name: &str, status: Status) -> Vec<(String, Status)> {
+    fn one(name: &str, status: CheckStatus) -> Vec<(String, CheckStatus)> {
         vec![(name.into(), status)]
     }
 
     #[test]
-    fn a_node_where_all_is_well_has_nothing_to_complain_of() {
+    fn a_healthy_node_passes_every_check() {
         assert_eq!(not_fine(|_| ()), []);
     }
 
     #[test]
-    fn what_the_kernel_lacks_fails() {
+    fn an_old_kernel_and_missing_btf_fail_and_missing_cgroup_v2_warns() {
         let kernel = |release: &str| not_fine(|f| f.kernel = release.into());
-        assert_eq!(kernel("5.11.22-x"), one("kernel", Fail));
+        assert_eq!(kernel("5.14.21-x"), one("kernel", Fail));
         assert_eq!(kernel("4.19"), one("kernel", Fail));
-        assert_eq!(kernel("5.12.0"), []);
+        assert_eq!(kernel("5.15.0"), []);
         assert_eq!(kernel("6-custom"), one("kernel", Warn));
         let btf = not_fine(|f| f.btf = Err("no field".into()));
         assert_eq!(btf, one("kernel types", Fail));
@@ -397,9 +443,22 @@ mod tests {
     }
 
     #[test]
-    fn missing_capabilities_are_named_and_fail_where_no_agent_has_them() {
+    fn lockdown_of_the_kernels_memory_fails_and_cri_dockerd_warns() {
+        let locked = "none integrity [confidentiality]\n";
+        let lockdown = not_fine(|f| f.lockdown = Some(locked.into()));
+        assert_eq!(lockdown, one("lockdown", Fail));
+        assert_eq!(not_fine(|f| f.lockdown = None), []);
+        let docker = not_fine(|f| {
+            f.runtime.1 = Ok("docker 27.0.3".into());
+            f.proxy.1 = Some(Ok("docker 27.0.3".into()));
+        });
+        assert_eq!(docker, one("cri-dockerd", Warn));
+    }
+
+    #[test]
+    fn missing_capabilities_are_named_and_fail_if_no_agent_answers() {
         let without_ptrace = Some(!(1 << 19));
-        let mut facts = well();
+        let mut facts = healthy();
         facts.capabilities = without_ptrace;
         let check = capabilities(&facts);
         assert_eq!(check.status, Warn);
@@ -413,11 +472,31 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_is_away_or_of_another_version_is_a_warning() {
+    fn a_configuration_that_cannot_be_read_leaves_the_endpoint_unknown() {
+        let mut facts = healthy();
+        if let Some((kubelet, _)) = &mut facts.kubelet {
+            kubelet.unread = Some("/var/lib/kubelet/config.yaml".into());
+        }
+        let check = kubelet_endpoint(&facts);
+        assert_eq!(check.status, Warn);
+        assert!(
+            check.detail.starts_with("unknown") && check.detail.contains("config.yaml"),
+            "{}",
+            check.detail
+        );
+    }
+
+    #[test]
+    fn an_agent_that_is_away_fails_if_the_kubelet_uses_the_proxy_and_one_of_another_version_warns()
+    {
         assert_eq!(
             not_fine(|f| f.agent = Err("away".into())),
-            one("agent", Warn)
+            one("agent", Fail)
         );
+        let mut facts = healthy();
+        facts.agent = Err("away".into());
+        facts.kubelet = kubelet("/run/containerd/containerd.sock", (1, 31));
+        assert_eq!(agent(&facts).status, Warn);
         assert_eq!(
             not_fine(|f| f.agent = Ok("0.0.1".into())),
             one("agent", Warn)
@@ -438,17 +517,17 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_that_is_missing_fails_only_where_the_kubelet_needs_it() {
+    fn a_missing_proxy_fails_only_if_the_kubelet_uses_it() {
         let needed = not_fine(|f| f.proxy.1 = None);
         assert_eq!(needed, one("proxy", Fail));
-        let spare = not_fine(|f| {
+        let unused = not_fine(|f| {
             f.proxy.1 = None;
             f.kubelet = kubelet("/var/run/containerd/containerd.sock", (1, 31));
         });
         let warn = |name: &str| (name.to_owned(), Warn);
-        assert_eq!(spare, [warn("proxy"), warn("kubelet's endpoint")]);
-        let dumb = not_fine(|f| f.proxy.1 = Some(Err("UNAVAILABLE".into())));
-        assert_eq!(dumb, one("proxy", Fail));
+        assert_eq!(unused, [warn("proxy"), warn("kubelet's endpoint")]);
+        let broken = not_fine(|f| f.proxy.1 = Some(Err("UNAVAILABLE".into())));
+        assert_eq!(broken, one("proxy", Fail));
     }
 
     #[test]
@@ -458,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn in_front_of_crio_the_path_has_to_end_as_its_own_does() {
+    fn in_front_of_crio_the_proxys_path_must_end_like_crios() {
         let crio = |socket: &str| {
             not_fine(|f| {
                 f.runtime.1 = Ok("cri-o 1.31".into());
@@ -471,8 +550,8 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_that_is_away_fails() {
-        let away = not_fine(|f| f.runtime.1 = Err("nobody".into()));
+    fn an_unreachable_runtime_fails() {
+        let away = not_fine(|f| f.runtime.1 = Err("no listener".into()));
         assert_eq!(away, one("runtime", Fail));
     }
 }

@@ -1,17 +1,19 @@
-//! What the kubelet has to do with an installation: its version, the runtime that it uses, and its one setting.
+//! The kubelet in an installation: its version, its runtime, and the setting of its endpoint.
 
 use std::path::{Path, PathBuf};
 
-use super::{CRIO_PROXY_SOCKET, InstallError, PROXY_SOCKET, Wanted};
+use ebb_core::socket_path::is_proxy;
+
+use super::{InstallError, InstallOptions};
 use crate::host::{
-    kubelet::{FIRST_VERSION, Kubelet, Source, same_socket, well_known_runtime},
-    state::{Made, State},
+    kubelet::{EndpointSource, FIRST_VERSION, Kubelet, same_socket, well_known_runtime},
+    state::{Artifact, InstallState},
 };
 
-/// The drop-in's name in the kubelet's `--config-dir`. Late, since the last one counts.
+/// The drop-in's name in the kubelet's `--config-dir`. It sorts late, because the last drop-in wins.
 pub(super) const DROP_IN: &str = "99-ebb-cri.conf";
 
-/// Refuses a kubelet that the proxy can't serve; notes it if its version can't be asked.
+/// Refuses a kubelet that the proxy can't serve. Adds a note if its version is unknown.
 pub(super) fn check_version(
     kubelet: &Kubelet,
     root: &Path,
@@ -20,47 +22,48 @@ pub(super) fn check_version(
     let (major, minor) = FIRST_VERSION;
     match kubelet.version(root) {
         Ok(version) if version < FIRST_VERSION => Err(InstallError::Refused(format!(
-            "the kubelet is version {}.{}, and the proxy can serve {major}.{minor} and later: older ones send an \
-             `:authority` that is no valid one, and would not get through",
+            "the kubelet is version {}.{}, and the proxy serves {major}.{minor} and later: older kubelets send an \
+             invalid `:authority`, so the proxy can't read their calls",
             version.0, version.1
         ))),
         Ok(_) => Ok(()),
         Err(e) => {
             notes.push(format!(
-                "the kubelet's version could not be asked ({e}): it has to be {major}.{minor} or later"
+                "the kubelet's version is unknown ({e}): it must be {major}.{minor} or later"
             ));
             Ok(())
         }
     }
 }
 
-/// The runtime's own socket: by flag, by the kubelet's configuration as long as that is not the proxy, by the
-/// earlier installation, or the one that is there.
+/// The runtime's own socket: from the flag, else from the kubelet's configuration unless that names the proxy, else
+/// from an earlier installation, else a well-known one that exists.
 pub(super) fn runtime(
-    wanted: &Wanted,
+    options: &InstallOptions,
     kubelet: Option<&Kubelet>,
-    state: Option<&State>,
+    state: Option<&InstallState>,
 ) -> Result<PathBuf, InstallError> {
+    if let Some(runtime) = options.runtime.as_deref().filter(|r| is_proxy(r)) {
+        return Err(InstallError::Refused(format!(
+            "--runtime {} is the proxy's own socket: give the container runtime's, such as \
+             /run/containerd/containerd.sock",
+            runtime.display()
+        )));
+    }
     let of_kubelet = kubelet
         .map(|k| k.endpoint.clone())
         .filter(|endpoint| !is_proxy(endpoint));
-    wanted
+    options
         .runtime
         .clone()
         .or(of_kubelet)
         .or_else(|| state.map(|s| s.runtime.clone()))
-        .or_else(|| well_known_runtime(&wanted.root))
+        .or_else(|| well_known_runtime(&options.root))
         .ok_or_else(|| {
             InstallError::Refused(
-                "no container runtime was found: name its socket with --runtime".into(),
+                "found no container runtime: give its socket with --runtime".into(),
             )
         })
-}
-
-fn is_proxy(endpoint: &Path) -> bool {
-    [PROXY_SOCKET, CRIO_PROXY_SOCKET]
-        .iter()
-        .any(|socket| same_socket(endpoint, Path::new(socket)))
 }
 
 /// The kubelet's setting, as a drop-in of its configuration.
@@ -73,17 +76,17 @@ pub(super) fn text(socket: &Path) -> String {
     )
 }
 
-/// Where the drop-in for the kubelet goes, if it is to be written; notes what to change by hand otherwise.
+/// The path of the kubelet's drop-in, if it is to be written. Otherwise adds a note with what to change by hand.
 pub(super) fn drop_in(
-    wanted: &Wanted,
+    options: &InstallOptions,
     kubelet: Option<&Kubelet>,
     socket: &Path,
-    made: &[Made],
+    made: &[Artifact],
     notes: &mut Vec<String>,
 ) -> Result<Option<PathBuf>, InstallError> {
     let line = format!("containerRuntimeEndpoint: unix://{}", socket.display());
     let Some(kubelet) = kubelet else {
-        if wanted.apply {
+        if options.apply {
             return Err(InstallError::Refused(
                 "no kubelet runs here, so --apply can't find its configuration".into(),
             ));
@@ -93,13 +96,13 @@ pub(super) fn drop_in(
     };
     if same_socket(&kubelet.endpoint, socket) {
         notes.push(format!(
-            "the kubelet uses the proxy already, by {}",
+            "the kubelet uses the proxy already, set by {}",
             kubelet.source
         ));
         return Ok(None);
     }
     let obstacle = match (&kubelet.source, &kubelet.config_dir) {
-        (Source::Flag, _) => Some(format!(
+        (EndpointSource::Flag, _) => Some(format!(
             "its flag --container-runtime-endpoint goes before its configuration: set the flag to \
              unix://{}, or remove it (kubeadm has it in /var/lib/kubelet/kubeadm-flags.env)",
             socket.display()
@@ -111,7 +114,7 @@ pub(super) fn drop_in(
                 .as_deref()
                 .map_or_else(|| "its configuration".into(), |p| p.display().to_string())
         )),
-        (Source::DropIn(path), Some(directory)) if *path > directory.join(DROP_IN) => {
+        (EndpointSource::DropIn(path), Some(directory)) if *path > directory.join(DROP_IN) => {
             Some(format!(
                 "{} comes after ebb's drop-in: put `{line}` there",
                 path.display()
@@ -121,7 +124,7 @@ pub(super) fn drop_in(
     };
     let restart = "then restart the kubelet (`systemctl restart kubelet`); running containers stay as they are";
     match (obstacle, &kubelet.config_dir) {
-        (Some(obstacle), _) if wanted.apply => Err(InstallError::Refused(format!(
+        (Some(obstacle), _) if options.apply => Err(InstallError::Refused(format!(
             "the kubelet's endpoint can't be changed by a drop-in: {obstacle}"
         ))),
         (Some(obstacle), _) => {
@@ -132,7 +135,7 @@ pub(super) fn drop_in(
         }
         (None, Some(directory)) => {
             let path = directory.join(DROP_IN);
-            if wanted.apply {
+            if options.apply {
                 notes.push(format!(
                     "{} is read when the kubelet starts: {restart}",
                     path.display()

@@ -6,47 +6,49 @@ use std::{
 };
 
 use super::{
-    InstallError, SERVICE, SOCKET, carry_out, failed, is, kubelet_setting, systemctl, systemd_runs,
+    InstallError, SERVICE, SOCKET, carry_out, failed, kubelet_setting, path_state, systemctl,
+    systemd_runs,
 };
-use crate::host::{
-    files::{self, under},
-    kubelet::{Kubelet, Source, clients_of, same_socket, unix_table},
-    plan::{self, Plan, Step},
-    state::{Made, STATE_FILE, State},
+use crate::{
+    host::{
+        kubelet::{EndpointSource, Kubelet, clients_of, same_socket, unix_table},
+        plan::{self, InstallPlan, Step},
+        state::{Artifact, InstallState, STATE_FILE},
+    },
+    linux::files::{self, resolve_in_nofollow},
 };
 
-/// What there was to do.
 #[derive(Debug)]
-pub enum Removal {
+pub(crate) enum Removal {
     /// Nothing is installed.
     Nothing,
-    /// This is what was done, or would be.
+    /// What was done, or what a dry run would do.
     Done {
-        /// One thing a line.
+        /// One action per line.
         lines: Vec<String>,
-        /// Files that somebody changed, which are still there.
+        /// Files that were changed since the installation, and are left.
         left: Vec<PathBuf>,
     },
 }
 
-/// Undoes what `ebb install-cri` did to the host below `root`, or says what it would do.
+/// Undoes what `ebb install-cri` did to the host below `root`; a dry run only says what it would do.
 ///
 /// # Errors
 ///
-/// [`InstallError::Refused`] while the kubelet uses the proxy or may use it, unless `force`: its drop-in is removed
-/// by then (not by a dry run, which refuses as well), and the kubelet has to be restarted. Others if a file can't be removed; what was is forgotten, the rest is still
-/// in the state.
-pub fn remove(root: &Path, dry_run: bool, force: bool) -> Result<Removal, InstallError> {
-    let state = State::load(root).map_err(failed("read", Path::new(STATE_FILE)))?;
+/// [`InstallError::Refused`] while the kubelet uses the proxy or may use it, unless `force`. By then the kubelet's
+/// drop-in is removed, except by a dry run, and the kubelet must be restarted. Other errors if a file can't be
+/// removed; the state file stays then, so that the removal can be repeated.
+pub(crate) fn remove(root: &Path, dry_run: bool, force: bool) -> Result<Removal, InstallError> {
+    let state = InstallState::load(root).map_err(failed("read", Path::new(STATE_FILE)))?;
     let Some(mut state) = state else {
         return Ok(Removal::Nothing);
     };
-    let is_setting = |m: &Made| m.path().ends_with(kubelet_setting::DROP_IN);
-    let (setting, rest): (Vec<Made>, Vec<Made>) =
+    let is_setting = |m: &Artifact| m.path().ends_with(kubelet_setting::DROP_IN);
+    let (setting, rest): (Vec<Artifact>, Vec<Artifact>) =
         state.made.iter().cloned().partition(|m| is_setting(m));
     let mut lines = Vec::new();
     let mut left = Vec::new();
-    let first = plan::undo(&setting, |path| is(root, path));
+    let first = plan::undo(&setting, |path| path_state(root, path));
     describe(&first, &mut lines, &mut left);
     if !dry_run {
         for step in &first.steps {
@@ -60,8 +62,8 @@ pub fn remove(root: &Path, dry_run: bool, force: bool) -> Result<Removal, Instal
         }
     }
     if !force {
-        // What a dry run leaves there counts as removed.
-        let going: Vec<&Path> = setting.iter().map(Made::path).collect();
+        // The drop-in counts as removed in a dry run, too.
+        let going: Vec<&Path> = setting.iter().map(Artifact::path).collect();
         if let Some(why) = in_use(root, &state, &going) {
             let first = match dry_run && !first.steps.is_empty() {
                 true => format!("this would {}, then stop here: ", lines.join(", ")),
@@ -70,7 +72,7 @@ pub fn remove(root: &Path, dry_run: bool, force: bool) -> Result<Removal, Instal
             return Err(InstallError::Refused(first + &why));
         }
     }
-    let second = plan::undo(&rest, |path| is(root, path));
+    let second = plan::undo(&rest, |path| path_state(root, path));
     if systemd_runs(root) {
         lines.push(format!("systemctl stop {SERVICE} {SOCKET}"));
         if !dry_run {
@@ -87,8 +89,8 @@ pub fn remove(root: &Path, dry_run: bool, force: bool) -> Result<Removal, Instal
         for step in files {
             carry_out(root, step)?;
         }
-        // Last of the files: until here, it can all be done again.
-        under(root, Path::new(STATE_FILE))
+        // The state file is the last file: until then the removal can be repeated.
+        resolve_in_nofollow(root, Path::new(STATE_FILE))
             .and_then(|state| files::remove(&state))
             .map_err(failed("remove", Path::new(STATE_FILE)))?;
         for step in directories {
@@ -101,7 +103,7 @@ pub fn remove(root: &Path, dry_run: bool, force: bool) -> Result<Removal, Instal
     Ok(Removal::Done { lines, left })
 }
 
-fn describe(plan: &Plan, lines: &mut Vec<String>, left: &mut Vec<PathBuf>) {
+fn describe(plan: &InstallPlan, lines: &mut Vec<String>, left: &mut Vec<PathBuf>) {
     lines.extend(plan.steps.iter().map(Step::to_string));
     for (path, why) in &plan.left {
         lines.push(format!("leave {}: {why}", path.display()));
@@ -109,15 +111,17 @@ fn describe(plan: &Plan, lines: &mut Vec<String>, left: &mut Vec<PathBuf>) {
     }
 }
 
-/// Why the proxy has to stay: the kubelet uses it, or nobody can tell. Settings that are `going` do not count.
-fn in_use(root: &Path, state: &State, going: &[&Path]) -> Option<String> {
-    let is_going = |k: &Kubelet| matches!(&k.source, Source::DropIn(p) if going.contains(&&**p));
-    let told =
+/// Why the proxy must stay: the kubelet uses it, or ebb cannot tell. A setting in a file of `going` does not count,
+/// because that file is removed.
+fn in_use(root: &Path, state: &InstallState, going: &[&Path]) -> Option<String> {
+    let is_going =
+        |k: &Kubelet| matches!(&k.source, EndpointSource::DropIn(p) if going.contains(&&**p));
+    let configured =
         Kubelet::find(root).filter(|k| same_socket(&k.endpoint, &state.socket) && !is_going(k));
-    if let Some(kubelet) = told {
+    if let Some(kubelet) = configured {
         return Some(format!(
-            "the kubelet still uses the proxy, by {}: set it back to unix://{}, restart the kubelet, then run this \
-             again (--force removes the proxy all the same, and the node fails)",
+            "the kubelet still uses the proxy, set by {}: set its endpoint back to unix://{}, restart the kubelet, then \
+             run this again (--force removes the proxy anyway, and the node fails)",
             kubelet.source,
             state.runtime.display()
         ));
@@ -129,10 +133,10 @@ fn in_use(root: &Path, state: &State, going: &[&Path]) -> Option<String> {
              leaves the proxy, and run this again (--force does not wait for that)",
             state.socket.display()
         )),
-        // No table, no clients: a root that is only a directory tree, with nothing running in it.
+        // Without a table there are no clients: the root is only a directory tree.
         Err(e) if e.kind() == io::ErrorKind::NotFound && root != Path::new("/") => None,
         Err(e) => Some(format!(
-            "can't tell whether the kubelet is still connected to the proxy, by {}: {e} (--force does not ask)",
+            "can't tell whether the kubelet is still connected to the proxy, from {}: {e} (--force skips this check)",
             unix_table(root).display()
         )),
     }

@@ -1,4 +1,4 @@
-//! What can go wrong with a runtime, and how a socket that is none is told from one that is silent.
+//! Errors of the CRI client, and how it tells a socket that is not CRI from a runtime that does not answer.
 
 use std::{
     error::Error as _,
@@ -9,10 +9,10 @@ use std::{
 
 use tonic::Status;
 
-/// What went wrong with the runtime.
+/// Why a CRI call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CriError {
-    /// Nobody listens there.
+    /// No process listens there.
     #[error(
         "cannot reach the container runtime at {}: {source}; is containerd running? set --cri-socket to its socket",
         path.display()
@@ -23,7 +23,7 @@ pub enum CriError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The socket is not ours to open.
+    /// The agent may not open the socket.
     #[error("no permission to open the container runtime's socket {}; run ebb as root", path.display())]
     Permission {
         /// The socket.
@@ -37,10 +37,10 @@ pub enum CriError {
     NotCri {
         /// The socket.
         path: PathBuf,
-        /// How it gave itself away.
+        /// What shows that.
         detail: String,
     },
-    /// It is a runtime, of another API version.
+    /// The runtime has another API version.
     #[error(
         "the container runtime at {} speaks CRI {version}, and ebb needs v1; containerd 1.6, CRI-O 1.23 and later have it",
         path.display()
@@ -77,7 +77,7 @@ pub enum CriError {
     },
 }
 
-/// Marks the connector's own error, so that it is told from an I/O error of an established connection.
+/// Marks an error of the connector, as opposed to an I/O error on an established connection.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot dial the socket")]
 pub(super) struct DialError(#[source] pub(super) io::Error);
@@ -103,14 +103,13 @@ pub(super) fn dial_failure(status: &Status) -> Option<&io::Error> {
     None
 }
 
-/// A status that tonic made up because the connection failed has a source; one that was received has
-/// none.
+/// Whether the connection failed: the status that tonic makes then has a source, one from the runtime has none.
 pub(super) fn broken_transport(status: &Status) -> bool {
     status.source().is_some()
 }
 
 fn describe(status: &Status) -> String {
-    // Runtimes wrap lines into some messages; an error is one line.
+    // Some messages of runtimes have line breaks; an error is one line.
     match status
         .message()
         .split_whitespace()

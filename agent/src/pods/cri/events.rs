@@ -1,4 +1,4 @@
-//! Word from containerd that something has changed.
+//! containerd's events about sandboxes and containers.
 
 use http::uri::PathAndQuery;
 use tokio::time::timeout;
@@ -10,21 +10,21 @@ use super::{CALL_TIMEOUT, Cri, CriError};
 /// `SubscribeRequest` in containerd's `api/services/events/v1/events.proto`.
 #[derive(Clone, PartialEq, prost::Message)]
 struct SubscribeRequest {
-    /// An event that fits any of them is sent.
+    /// containerd sends an event if it matches any of them.
     #[prost(string, repeated, tag = "1")]
     filters: Vec<String>,
 }
 
 impl Cri {
-    /// One empty message for each sandbox or container that is made, started or removed from now on.
+    /// Subscribes to one empty message for each sandbox or container that is created, started or removed.
     ///
-    /// By containerd's own service, on the socket that also has its CRI. The CRI's `GetContainerEvents` will not
-    /// do: containerd 1.7 gives each event to one caller only, and the kubelet may be another
-    /// (`GetContainerEvents` in its `pkg/cri/server/container_events.go`). Exits are left out, because those of
-    /// exec probes are among them; the end of a container's own task is a deletion, too.
+    /// This uses containerd's own event service, on the same socket as its CRI, and not the CRI's
+    /// `GetContainerEvents`: containerd 1.7 sends each of those events to one caller only, and the kubelet may be
+    /// another (`GetContainerEvents` in its `pkg/cri/server/container_events.go`). Exit events are left out, because
+    /// exec probes send them as well; a container's task is also deleted when it ends.
     ///
     /// # Errors
-    /// [`CriError`]; `Unimplemented` if the runtime is not containerd.
+    /// [`CriError`], with status `Unimplemented` if the runtime is not containerd.
     pub async fn events(&self) -> Result<Streaming<()>, CriError> {
         const CALL: &str = "Subscribe";
         let topics = [

@@ -1,4 +1,4 @@
-//! Discovery against a stand-in runtime, with `/proc` and cgroups laid out in a directory.
+//! Discovery against a fake runtime, with `/proc` and cgroups laid out in a directory.
 
 use std::{os::unix::fs::MetadataExt as _, path::Path};
 
@@ -7,22 +7,22 @@ use k8s_cri::v1::{NamespaceMode, PodSandboxStatusResponse};
 use super::*;
 use crate::pods::{
     info::tests::{CONTAINERD, CONTAINERD_HOST, CRIO_DROPPED, info_map},
-    testing::StandInRuntime,
+    testing::FakeRuntime,
 };
 
-struct House {
-    runtime: StandInRuntime,
+struct Fixture {
+    runtime: FakeRuntime,
     root: tempfile::TempDir,
     discovery: Discovery,
 }
 
-impl House {
+impl Fixture {
     async fn new() -> Self {
-        let runtime = StandInRuntime::start();
+        let runtime = FakeRuntime::start();
         let root = tempfile::tempdir().unwrap();
         let host = root.path().join("proc/self/ns/net");
         put(&host);
-        let node = Node {
+        let paths = NodePaths {
             host_netns: Netns::inode_at(&host).unwrap(),
             proc: root.path().join("proc"),
             cgroup_root: root.path().join("cgroup"),
@@ -31,11 +31,11 @@ impl House {
         Self {
             runtime,
             root,
-            discovery: Discovery::new(cri, node),
+            discovery: Discovery::new(cri, paths),
         }
     }
 
-    /// A namespace file of a process; a file has an inode as a namespace has.
+    /// Creates the namespace file of a process. A file has an inode, as a namespace has.
     fn process(&self, pid: u32) -> NetnsInode {
         let link = self.root.path().join(format!("proc/{pid}/ns/net"));
         put(&link);
@@ -109,7 +109,7 @@ impl House {
         );
     }
 
-    async fn one(&mut self) -> Pod {
+    async fn only_pod(&mut self) -> Pod {
         let mut pods = self.discovery.list().await.unwrap();
         assert_eq!(pods.len(), 1, "{pods:?}");
         pods.remove(0)
@@ -122,14 +122,14 @@ fn put(file: &Path) {
 }
 
 #[tokio::test]
-async fn a_pod_is_its_sandboxs_network_namespace() {
-    let mut house = House::new().await;
-    let inode = house.process(4242);
-    house.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
-    house.container("c2", "s1", ContainerState::ContainerExited, 2, "/x");
-    house.container("c1", "s1", ContainerState::ContainerRunning, 1, "/x");
+async fn a_pods_scope_is_the_network_namespace_of_its_sandbox() {
+    let mut node = Fixture::new().await;
+    let inode = node.process(4242);
+    node.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
+    node.container("c2", "s1", ContainerState::ContainerExited, 2, "/x");
+    node.container("c1", "s1", ContainerState::ContainerRunning, 1, "/x");
 
-    let pod = house.one().await;
+    let pod = node.only_pod().await;
     assert_eq!(pod.scope, Scope::Netns { inode, pid: 4242 });
     assert_eq!(
         (pod.name.namespace.as_str(), pod.name.name.as_str()),
@@ -145,117 +145,122 @@ async fn a_pod_is_its_sandboxs_network_namespace() {
     assert_eq!(containers, [("name-of-c1", true), ("name-of-c2", false)]);
     assert_eq!(pod.containers[0].grace, Some(Duration::from_secs(30)));
 
-    // A second look asks for the lists alone; a pod that has gone is forgotten.
-    house.one().await;
-    assert_eq!(house.runtime.calls("PodSandboxStatus"), 1);
-    house.runtime.state().sandboxes.clear();
-    assert!(house.discovery.list().await.unwrap().is_empty());
-    assert!(house.discovery.sandboxes.is_empty());
+    // A second list makes no status calls. A removed pod leaves the cache.
+    node.only_pod().await;
+    assert_eq!(node.runtime.calls("PodSandboxStatus"), 1);
+    node.runtime.state().sandboxes.clear();
+    assert!(node.discovery.list().await.unwrap().is_empty());
+    assert!(node.discovery.sandboxes.is_empty());
 }
 
 #[tokio::test]
 async fn the_newest_ready_sandbox_is_the_pods() {
-    let mut house = House::new().await;
-    house.process(4242);
-    house.sandbox("old", "u1", 1, CONTAINERD, NamespaceMode::Pod);
-    house.sandbox("new", "u1", 2, CONTAINERD, NamespaceMode::Pod);
-    assert_eq!(house.one().await.sandbox, SandboxId::new("new"));
+    let mut node = Fixture::new().await;
+    node.process(4242);
+    node.sandbox("old", "u1", 1, CONTAINERD, NamespaceMode::Pod);
+    node.sandbox("new", "u1", 2, CONTAINERD, NamespaceMode::Pod);
+    assert_eq!(node.only_pod().await.sandbox, SandboxId::new("new"));
 }
 
 #[tokio::test]
-async fn a_host_network_pod_is_the_cgroups_of_its_running_containers() {
-    let mut house = House::new().await;
-    let cgroup = house.root.path().join("cgroup/kubepods/podu2/c1");
+async fn a_host_network_pods_scope_is_the_cgroups_of_its_running_containers() {
+    let mut node = Fixture::new().await;
+    let cgroup = node.root.path().join("cgroup/kubepods/podu2/c1");
     fs::create_dir_all(&cgroup).unwrap();
     let id = CgroupId(fs::metadata(&cgroup).unwrap().ino());
-    house.sandbox("s2", "u2", 1, CONTAINERD_HOST, NamespaceMode::Node);
-    house.container(
+    node.sandbox("s2", "u2", 1, CONTAINERD_HOST, NamespaceMode::Node);
+    node.container(
         "c1",
         "s2",
         ContainerState::ContainerRunning,
         7,
         "/kubepods/podu2/c1",
     );
-    house.container(
+    node.container(
         "c0",
         "s2",
         ContainerState::ContainerExited,
         6,
         "/kubepods/podu2/c0",
     );
-    assert_eq!(house.one().await.scope, Scope::HostNetwork(vec![id]));
+    assert_eq!(node.only_pod().await.scope, Scope::HostNetwork(vec![id]));
 }
 
 #[tokio::test]
 async fn a_sandbox_in_the_hosts_namespace_is_host_network_whatever_it_asked_for() {
-    let mut house = House::new().await;
-    let link = house.root.path().join("proc/4242/ns/net");
+    let mut node = Fixture::new().await;
+    let link = node.root.path().join("proc/4242/ns/net");
     fs::create_dir_all(link.parent().unwrap()).unwrap();
-    fs::hard_link(house.root.path().join("proc/self/ns/net"), link).unwrap();
-    house.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
-    assert_eq!(house.one().await.scope, Scope::HostNetwork(vec![]));
+    fs::hard_link(node.root.path().join("proc/self/ns/net"), link).unwrap();
+    node.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
+    assert_eq!(node.only_pod().await.scope, Scope::HostNetwork(vec![]));
 }
 
 #[tokio::test]
-async fn without_a_sandbox_process_a_containers_will_do() {
-    let mut house = House::new().await;
-    let inode = house.process(900);
-    house.sandbox("s3", "u3", 1, CRIO_DROPPED, NamespaceMode::Pod);
-    assert!(matches!(house.one().await.scope, Scope::Untracked(_)));
-    house.container("c1", "s3", ContainerState::ContainerRunning, 900, "/x");
-    assert_eq!(house.one().await.scope, Scope::Netns { inode, pid: 900 });
+async fn without_a_sandbox_process_a_containers_is_used() {
+    let mut node = Fixture::new().await;
+    let inode = node.process(900);
+    node.sandbox("s3", "u3", 1, CRIO_DROPPED, NamespaceMode::Pod);
+    assert!(matches!(node.only_pod().await.scope, Scope::Untracked(_)));
+    node.container("c1", "s3", ContainerState::ContainerRunning, 900, "/x");
+    assert_eq!(
+        node.only_pod().await.scope,
+        Scope::Netns { inode, pid: 900 }
+    );
     // The container restarts under another id: its process is the new one.
-    let inode = house.process(901);
-    house.runtime.state().containers.clear();
-    house.container("c2", "s3", ContainerState::ContainerRunning, 901, "/x");
-    assert_eq!(house.one().await.scope, Scope::Netns { inode, pid: 901 });
+    let inode = node.process(901);
+    node.runtime.state().containers.clear();
+    node.container("c2", "s3", ContainerState::ContainerRunning, 901, "/x");
+    assert_eq!(
+        node.only_pod().await.scope,
+        Scope::Netns { inode, pid: 901 }
+    );
 }
 
 #[tokio::test]
-async fn what_cannot_be_found_out_is_untracked_and_says_why() {
-    let mut house = House::new().await;
+async fn a_pod_whose_sockets_cannot_be_found_is_untracked_with_the_reason() {
+    let mut node = Fixture::new().await;
     let why = |pod: Pod| match pod.scope {
         Scope::Untracked(why) => why,
         other => panic!("{other:?}"),
     };
-    house.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
-    assert!(why(house.one().await).contains("proc/4242/ns/net: No such file"));
+    node.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
+    assert!(why(node.only_pod().await).contains("proc/4242/ns/net: No such file"));
 
-    house.runtime.state().sandboxes.clear();
-    house.sandbox("s2", "u2", 1, "{", NamespaceMode::Pod);
-    assert!(why(house.one().await).contains("not understood"));
-    // It was not remembered: the next look finds the runtime in a better mood.
-    house.process(4242);
-    house
-        .runtime
+    node.runtime.state().sandboxes.clear();
+    node.sandbox("s2", "u2", 1, "{", NamespaceMode::Pod);
+    assert!(why(node.only_pod().await).contains("not understood"));
+    // The failure was not cached: the next list tries again.
+    node.process(4242);
+    node.runtime
         .state()
         .sandbox_status
         .get_mut("s2")
         .unwrap()
         .info = info_map(CONTAINERD);
-    assert!(matches!(house.one().await.scope, Scope::Netns { .. }));
+    assert!(matches!(node.only_pod().await.scope, Scope::Netns { .. }));
 
-    house.runtime.state().sandboxes.clear();
-    house.sandbox("s3", "u3", 1, CONTAINERD_HOST, NamespaceMode::Node);
-    house.container(
+    node.runtime.state().sandboxes.clear();
+    node.sandbox("s3", "u3", 1, CONTAINERD_HOST, NamespaceMode::Node);
+    node.container(
         "c1",
         "s3",
         ContainerState::ContainerRunning,
         7,
         "/kubepods/podu3/c1",
     );
-    assert!(why(house.one().await).contains("need cgroup v2"));
+    assert!(why(node.only_pod().await).contains("need cgroup v2"));
 
-    house.runtime.state().sandboxes.clear();
+    node.runtime.state().sandboxes.clear();
     let kata = CONTAINERD.replace("runc", "kata");
-    house.sandbox("s4", "u4", 1, &kata, NamespaceMode::Pod);
-    assert!(why(house.one().await).contains("Kata"));
+    node.sandbox("s4", "u4", 1, &kata, NamespaceMode::Pod);
+    assert!(why(node.only_pod().await).contains("Kata"));
 }
 
 #[tokio::test]
-async fn a_sandbox_that_goes_between_list_and_status_is_no_pod() {
-    let mut house = House::new().await;
-    house.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
-    house.runtime.state().sandbox_status.clear();
-    assert!(house.discovery.list().await.unwrap().is_empty());
+async fn a_sandbox_removed_between_list_and_status_is_no_pod() {
+    let mut node = Fixture::new().await;
+    node.sandbox("s1", "u1", 1, CONTAINERD, NamespaceMode::Pod);
+    node.runtime.state().sandbox_status.clear();
+    assert!(node.discovery.list().await.unwrap().is_empty());
 }

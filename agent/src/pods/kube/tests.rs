@@ -1,5 +1,5 @@
-//! The watch against a stand-in for an API server: list, watch and get of pod metadata over real HTTP. It
-//! stores nothing and checks nothing.
+//! The watch against a fake API server: list, watch and get of pod metadata over real HTTP. It stores nothing and
+//! checks nothing.
 
 use std::{
     net::SocketAddr,
@@ -9,20 +9,21 @@ use std::{
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path, Query, State as Extract},
+    extract::{Path, Query, State},
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::get,
 };
-use ebb_node::api_server::{Answer, ApiServer, Faults, Verb};
+use ebb_core::ids::SandboxId;
+use ebb_testkit::api_server::{AnswerMode, ApiServer, ApiVerb, Faults};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::mpsc, time::Instant};
 
 use super::*;
-use crate::{ids::SandboxId, pods::table::tests::pod};
+use crate::pods::table::tests::pod;
 
 #[derive(Default)]
-struct State {
+struct FakeApiState {
     pods: Vec<Value>,
     watchers: Vec<mpsc::UnboundedSender<Value>>,
     lists: Vec<HashMap<String, String>>,
@@ -30,17 +31,17 @@ struct State {
     gets: u32,
     /// Requests are answered with 503.
     broken: bool,
-    /// A second of the API lasts so long here: watches end when the client's `timeoutSeconds` are over.
+    /// How long a second of `timeoutSeconds` lasts. `None`: a watch lasts an hour.
     second: Option<Duration>,
 }
 
-struct StandInServer {
+struct FakeApiServer {
     address: SocketAddr,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<FakeApiState>>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
-impl StandInServer {
+impl FakeApiServer {
     fn start() -> Self {
         let address = "127.0.0.1:0".parse().unwrap();
         let mut it = Self {
@@ -52,7 +53,7 @@ impl StandInServer {
         it
     }
 
-    /// A runtime of its own, so that stopping it ends every connection.
+    /// Serves from its own runtime, so that stopping it ends every connection.
     fn restart(&mut self) {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -79,7 +80,7 @@ impl StandInServer {
         self.runtime.take().unwrap().shutdown_background();
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FakeApiState> {
         self.state.lock().unwrap()
     }
 
@@ -89,11 +90,11 @@ impl StandInServer {
 
     fn config(&self) -> Config {
         let url = format!("http://{}", self.address);
-        impatient(Config::new(url.parse().unwrap()))
+        with_limits(Config::new(url.parse().unwrap()))
     }
 
-    /// Says `kind` of `object` to every watcher.
-    fn tell(&self, kind: &str, object: Value) {
+    /// Sends an event of this kind to every watcher.
+    fn notify(&self, kind: &str, object: Value) {
         self.send(json!({"type": kind, "object": object}));
     }
 
@@ -109,7 +110,7 @@ impl StandInServer {
     }
 }
 
-impl Drop for StandInServer {
+impl Drop for FakeApiServer {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -118,7 +119,7 @@ impl Drop for StandInServer {
 }
 
 async fn list_or_watch(
-    Extract(state): Extract<Arc<Mutex<State>>>,
+    State(state): State<Arc<Mutex<FakeApiState>>>,
     Query(query): Query<HashMap<String, String>>,
 ) -> Response {
     let mut state = state.lock().unwrap();
@@ -145,7 +146,7 @@ async fn list_or_watch(
     state.watchers.push(sender);
     let lines = futures_util::stream::unfold(receiver, |mut receiver| async {
         let event: Value = receiver.recv().await?;
-        // A text is sent as it is: half a line, say. Nothing breaks the connection.
+        // A string is sent as it is, for example half a line. Null breaks the connection.
         let line = match event {
             Value::String(text) => Ok(text),
             Value::Null => Err(std::io::Error::other("reset")),
@@ -158,7 +159,7 @@ async fn list_or_watch(
 }
 
 async fn one(
-    Extract(state): Extract<Arc<Mutex<State>>>,
+    State(state): State<Arc<Mutex<FakeApiState>>>,
     Path((_, name)): Path<(String, String)>,
 ) -> Response {
     let mut state = state.lock().unwrap();
@@ -205,7 +206,7 @@ fn uid(uid: &str) -> PodUid {
     PodUid::new(uid)
 }
 
-/// The pod that [`object`] is, as the runtime shows it.
+/// The pod of [`object`], as the runtime lists it.
 fn on_node(uid: &str) -> Pod {
     let mut pod = pod(uid, &format!("web-{uid}"), &[]);
     pod.sandbox = SandboxId::new("s");
@@ -218,7 +219,7 @@ async fn until(mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(
             Instant::now() < deadline,
-            "it did not come to pass within 20 s"
+            "the condition was not met within 20 s"
         );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -229,8 +230,8 @@ async fn synced(kube: &Kube) {
 }
 
 #[tokio::test]
-async fn the_list_and_every_change_after_it_are_known() {
-    let server = StandInServer::start();
+async fn the_list_and_every_later_change_are_applied() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
@@ -243,9 +244,9 @@ async fn the_list_and_every_change_after_it_are_known() {
     assert_eq!(known.annotations["ebb.dev/until"], "idle");
 
     server.watched().await;
-    server.tell("ADDED", object("u2", "101"));
-    server.tell("MODIFIED", deleted("u1", "102"));
-    server.tell(
+    server.notify("ADDED", object("u2", "101"));
+    server.notify("MODIFIED", deleted("u1", "102"));
+    server.notify(
         "BOOKMARK",
         json!({"kind": "Pod", "apiVersion": "v1", "metadata": {"resourceVersion": "103"}}),
     );
@@ -255,7 +256,7 @@ async fn the_list_and_every_change_after_it_are_known() {
         .unwrap();
     let deletion = pods.borrow().pods[&uid("u1")].deletion.unwrap();
     assert_eq!(deletion.grace, Some(Duration::from_secs(30)));
-    server.tell("DELETED", deleted("u1", "104"));
+    server.notify("DELETED", deleted("u1", "104"));
     pods.wait_for(|p| !p.pods.contains_key(&uid("u1")))
         .await
         .unwrap();
@@ -273,34 +274,34 @@ async fn the_list_and_every_change_after_it_are_known() {
 }
 
 #[tokio::test]
-async fn an_update_that_changes_nothing_kept_wakes_nobody() {
-    let server = StandInServer::start();
+async fn an_update_that_changes_no_kept_field_wakes_no_receiver() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
     server.watched().await;
     let mut pods = kube.pods();
     pods.mark_unchanged();
-    server.tell("MODIFIED", object("u1", "101"));
-    server.tell("ADDED", object("u2", "102"));
+    server.notify("MODIFIED", object("u1", "101"));
+    server.notify("ADDED", object("u2", "102"));
     pods.changed().await.unwrap();
     assert!(
         pods.borrow_and_update().pods.contains_key(&uid("u2")),
-        "woken by the first already"
+        "woken by the first update"
     );
 }
 
 #[tokio::test]
-async fn while_the_runtime_tells_an_update_that_changes_nothing_kept_is_no_reason_to_look() {
-    let server = StandInServer::start();
+async fn with_runtime_events_an_update_that_changes_no_kept_field_does_not_notify() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
-    let changes = Arc::<Changes>::default();
-    let _runtime = changes.source(Teller::Runtime);
+    let changes = Arc::<ChangeNotifier>::default();
+    let _runtime = changes.add_source(ChangeSource::Runtime);
     let kube = Kube::watch(server.client(), "node-1", &changes);
     synced(&kube).await;
     server.watched().await;
-    let heard = async |limit| timeout(limit, changes.heard()).await.is_ok();
-    assert!(heard(Duration::from_secs(10)).await, "the first list");
+    let notified = async |limit| timeout(limit, changes.changed()).await.is_ok();
+    assert!(notified(Duration::from_secs(10)).await, "the first list");
     let mut annotated = object("u1", "103");
     annotated["metadata"]["annotations"]["ebb.dev/until"] = "closed".into();
     for (kind, object, counts) in [
@@ -312,21 +313,21 @@ async fn while_the_runtime_tells_an_update_that_changes_nothing_kept_is_no_reaso
         ("DELETED", deleted("u2", "106"), true),
     ] {
         let what = format!("{kind} {object}");
-        server.tell(kind, object);
+        server.notify(kind, object);
         let limit = Duration::from_secs(if counts { 10 } else { 1 });
-        assert_eq!(heard(limit).await, counts, "{what}");
+        assert_eq!(notified(limit).await, counts, "{what}");
     }
 }
 
 #[tokio::test]
-async fn a_watch_too_far_behind_lists_again_and_forgets_what_has_gone() {
-    let server = StandInServer::start();
+async fn a_watch_too_far_behind_lists_again_and_drops_removed_pods() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
     server.watched().await;
     server.state().pods = vec![deleted("u2", "200")];
-    server.tell("ERROR", gone());
+    server.notify("ERROR", gone());
     kube.pods()
         .wait_for(|p| p.is_deleting(&uid("u2")))
         .await
@@ -336,8 +337,8 @@ async fn a_watch_too_far_behind_lists_again_and_forgets_what_has_gone() {
 }
 
 #[tokio::test]
-async fn what_was_known_outlives_the_server_and_is_caught_up_when_it_is_back() {
-    let mut server = StandInServer::start();
+async fn known_pods_outlive_the_server_and_the_watch_resumes_when_it_is_back() {
+    let mut server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90"), deleted("u2", "91")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
@@ -350,7 +351,7 @@ async fn what_was_known_outlives_the_server_and_is_caught_up_when_it_is_back() {
 
     server.restart();
     server.watched().await;
-    server.tell("MODIFIED", deleted("u1", "300"));
+    server.notify("MODIFIED", deleted("u1", "300"));
     kube.pods()
         .wait_for(|p| p.is_deleting(&uid("u1")))
         .await
@@ -358,13 +359,13 @@ async fn what_was_known_outlives_the_server_and_is_caught_up_when_it_is_back() {
     assert_eq!(
         server.state().lists.len(),
         1,
-        "the watch goes on from where it was"
+        "the watch resumes from its last version"
     );
 }
 
 #[tokio::test]
-async fn a_watch_a_little_late_is_waited_for() {
-    let server = StandInServer::start();
+async fn is_deleting_waits_for_a_watch_that_is_a_little_late() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
@@ -372,15 +373,15 @@ async fn a_watch_a_little_late_is_waited_for() {
     let pod = on_node("u1");
     let (answer, ()) = tokio::join!(kube.is_deleting(&pod, LONGEST_WAIT), async {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        server.tell("MODIFIED", deleted("u1", "101"));
+        server.notify("MODIFIED", deleted("u1", "101"));
     });
     assert_eq!(answer, Some(true));
     assert_eq!(server.state().gets, 0);
 }
 
 #[tokio::test]
-async fn a_silent_watch_is_followed_by_one_question() {
-    let server = StandInServer::start();
+async fn if_the_watch_stays_silent_one_get_decides() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
@@ -388,7 +389,7 @@ async fn a_silent_watch_is_followed_by_one_question() {
     assert_eq!(ask(&on_node("u1")).await, Some(false));
     assert_eq!(server.state().gets, 1);
 
-    // The watch has not said so yet.
+    // The watch has not reported the deletion.
     server.state().pods = vec![deleted("u1", "101")];
     assert_eq!(ask(&on_node("u1")).await, Some(true));
     // Re-created under its name, and gone altogether.
@@ -403,8 +404,8 @@ async fn a_silent_watch_is_followed_by_one_question() {
 }
 
 #[tokio::test]
-async fn a_static_pods_end_is_not_the_api_servers_to_tell() {
-    let server = StandInServer::start();
+async fn a_static_pods_deletion_is_unknown_to_the_api_server() {
+    let server = FakeApiServer::start();
     let mut mirror = deleted("api-uid", "90");
     mirror["metadata"]["annotations"][CONFIG_MIRROR] = "node-uid".into();
     server.state().pods = vec![mirror];
@@ -430,25 +431,25 @@ async fn without_an_api_server_nothing_is_known() {
 }
 
 #[tokio::test]
-async fn a_deletion_is_not_taken_back_by_old_news() {
-    let server = StandInServer::start();
+async fn an_old_update_does_not_undo_a_deletion() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
     server.watched().await;
     let mut shorter = deleted("u1", "102");
     shorter["metadata"]["deletionGracePeriodSeconds"] = 5.into();
-    for news in [
+    for update in [
         deleted("u1", "101"),
         deleted("u1", "101"),
         shorter,
-        // Out of order: what was so before the deletion, and before its grace was cut.
+        // Out of order: from before the deletion, and from before its grace period was shortened.
         object("u1", "90"),
         deleted("u1", "101"),
     ] {
-        server.tell("MODIFIED", news);
+        server.notify("MODIFIED", update);
     }
-    server.tell("ADDED", object("u2", "103"));
+    server.notify("ADDED", object("u2", "103"));
     let mut pods = kube.pods();
     pods.wait_for(|p| p.pods.contains_key(&uid("u2")))
         .await
@@ -459,7 +460,7 @@ async fn a_deletion_is_not_taken_back_by_old_news() {
 
     // A list from a cache that is behind.
     server.state().pods = vec![object("u1", "90"), object("u3", "91")];
-    server.tell("ERROR", gone());
+    server.notify("ERROR", gone());
     pods.wait_for(|p| p.pods.contains_key(&uid("u3")))
         .await
         .unwrap();
@@ -467,13 +468,13 @@ async fn a_deletion_is_not_taken_back_by_old_news() {
 }
 
 #[tokio::test]
-async fn a_grace_that_was_running_when_the_agent_started_is_not_begun_anew() {
-    let server = StandInServer::start();
+async fn a_grace_period_that_began_before_the_agent_started_does_not_restart() {
+    let server = FakeApiServer::start();
     let ends = SystemTime::now() + Duration::from_secs(20);
     let mut half_over = deleted("u1", "90");
     let ends = humantime::format_rfc3339_seconds(ends).to_string();
     half_over["metadata"]["deletionTimestamp"] = ends.into();
-    // By a server whose clock is ahead.
+    // From a server whose clock is ahead.
     let mut ahead = deleted("u2", "91");
     ahead["metadata"]["deletionTimestamp"] = "2999-01-01T00:00:00Z".into();
     server.state().pods = vec![half_over, ahead];
@@ -486,18 +487,18 @@ async fn a_grace_that_was_running_when_the_agent_started_is_not_begun_anew() {
     };
     assert!((15..=20).contains(&left("u1")), "{} s", left("u1"));
     assert!((25..=30).contains(&left("u2")), "{} s", left("u2"));
-    // A deletion that is told is heard of as it happens, whatever clocks say.
+    // A deletion in a watch event begins when the event arrives, whatever the clocks say.
     server.watched().await;
-    server.tell("MODIFIED", deleted("u3", "101"));
-    let mut told = kube.pods();
-    told.wait_for(|p| p.is_deleting(&uid("u3"))).await.unwrap();
-    let deletion = told.borrow().pods[&uid("u3")].deletion.unwrap();
+    server.notify("MODIFIED", deleted("u3", "101"));
+    let mut pods = kube.pods();
+    pods.wait_for(|p| p.is_deleting(&uid("u3"))).await.unwrap();
+    let deletion = pods.borrow().pods[&uid("u3")].deletion.unwrap();
     let left = deletion.left(BootTime::now()).unwrap().as_secs();
     assert!((25..=30).contains(&left), "{left} s");
 }
 
 #[test]
-fn a_grace_runs_from_when_it_was_first_heard_of() {
+fn a_grace_period_runs_from_its_first_report() {
     let at = |s: u64| BootTime::from_nanos(s * 1_000_000_000);
     let secs = Duration::from_secs;
     let deletion = |grace, seen| Deletion {
@@ -513,7 +514,7 @@ fn a_grace_runs_from_when_it_was_first_heard_of() {
     assert_eq!(unknown.left(at(110)), None);
 
     let pod = |deletion| {
-        let meta = serde_json::from_value(object("u1", "1")).unwrap();
+        let meta = serde_json::from_value(object("u1", "1")["metadata"].clone()).unwrap();
         KubePod {
             deletion,
             ..reduce(meta).unwrap()
@@ -524,24 +525,24 @@ fn a_grace_runs_from_when_it_was_first_heard_of() {
         pods: HashMap::from([(uid("u1"), pod(Some(deletion)))]),
     };
     let (first, shorter) = (deletion(30, 100), deletion(9, 110));
-    for (known_before, news, holds) in [
+    for (known_before, update, expected) in [
         (first, None, first),
-        // The same again does not begin anew.
+        // A repeated report does not restart it.
         (first, Some(deletion(30, 110)), first),
         (first, Some(shorter), shorter),
         (shorter, Some(deletion(30, 120)), shorter),
         (unknown, Some(first), first),
         (first, Some(unknown), first),
     ] {
-        let mut news = pod(news);
-        known(known_before).still_deleting(&mut news);
-        assert_eq!(news.deletion, Some(holds));
+        let mut update = pod(update);
+        known(known_before).keep_deletion(&mut update);
+        assert_eq!(update.deletion, Some(expected));
     }
 }
 
 #[tokio::test]
-async fn a_watch_that_breaks_in_the_middle_of_an_event_goes_on() {
-    let server = StandInServer::start();
+async fn a_watch_that_breaks_in_the_middle_of_an_event_resumes() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     synced(&kube).await;
@@ -551,7 +552,7 @@ async fn a_watch_that_breaks_in_the_middle_of_an_event_goes_on() {
     server.send(Value::Null);
     server.state().watchers.clear();
     server.watched().await;
-    server.tell("MODIFIED", deleted("u1", "101"));
+    server.notify("MODIFIED", deleted("u1", "101"));
     kube.pods()
         .wait_for(|p| p.is_deleting(&uid("u1")))
         .await
@@ -559,8 +560,8 @@ async fn a_watch_that_breaks_in_the_middle_of_an_event_goes_on() {
 }
 
 #[tokio::test]
-async fn a_watch_that_has_gone_silent_is_begun_anew() {
-    let server = StandInServer::start();
+async fn a_silent_watch_is_restarted() {
+    let server = FakeApiServer::start();
     server.state().pods = vec![object("u1", "90")];
     let mut config = server.config();
     // kube-rs waits 295 s, which is longer than a watch lasts.
@@ -568,9 +569,9 @@ async fn a_watch_that_has_gone_silent_is_begun_anew() {
     let kube = Kube::watch(Client::try_from(config).unwrap(), "node-1", &Arc::default());
     synced(&kube).await;
     server.watched().await;
-    // The first connection stays as it is, and nothing ever comes through it.
+    // The first connection stays open and silent.
     until(|| server.state().watches.len() >= 2).await;
-    server.tell("MODIFIED", deleted("u1", "101"));
+    server.notify("MODIFIED", deleted("u1", "101"));
     kube.pods()
         .wait_for(|p| p.is_deleting(&uid("u1")))
         .await
@@ -578,28 +579,43 @@ async fn a_watch_that_has_gone_silent_is_begun_anew() {
 }
 
 #[tokio::test]
-async fn a_list_that_is_never_answered_is_asked_for_again() {
+async fn a_list_without_an_answer_is_requested_again() {
     let address = "127.0.0.1:0".parse().unwrap();
     let server = ApiServer::start(address).await.unwrap();
     server.misbehave(Faults {
-        lists: Answer::Never,
+        lists: AnswerMode::Never,
         ..Faults::default()
     });
     let url = format!("http://{}", server.address());
-    let mut config = impatient(Config::new(url.parse().unwrap()));
-    assert_eq!(config.read_timeout, Some(SILENT_FOR));
-    // In place of minutes.
+    let mut config = with_limits(Config::new(url.parse().unwrap()));
+    assert_eq!(config.read_timeout, Some(READ_TIMEOUT));
+    // Instead of minutes.
     config.read_timeout = Some(Duration::from_millis(300));
     let client = Client::try_from(config).unwrap();
     let kube = Kube::watch(client, "node-1", &Arc::default());
-    until(|| server.count(Verb::List) >= 2).await;
+    until(|| server.count(ApiVerb::List) >= 2).await;
     server.misbehave(Faults::default());
     synced(&kube).await;
 }
 
 #[tokio::test]
-async fn a_server_that_is_overloaded_is_not_asked_again_and_again() {
-    let server = StandInServer::start();
+async fn a_pod_that_the_server_does_not_have_is_removed_unless_the_server_is_away() {
+    let server = FakeApiServer::start();
+    let mut replaced = object("u3", "92");
+    replaced["metadata"]["uid"] = "another".into();
+    server.state().pods = vec![object("u1", "90"), deleted("u2", "91"), replaced];
+    let kube = Kube::watch(server.client(), "node-1", &Arc::default());
+    synced(&kube).await;
+    for (uid, removed) in [("u1", false), ("u2", false), ("u3", true), ("u4", true)] {
+        assert_eq!(kube.is_removed(&on_node(uid).name).await, removed, "{uid}");
+    }
+    server.state().broken = true;
+    assert!(!kube.is_removed(&on_node("u4").name).await, "not known");
+}
+
+#[tokio::test]
+async fn an_overloaded_server_gets_few_requests() {
+    let server = FakeApiServer::start();
     server.state().broken = true;
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
     until(|| !server.state().lists.is_empty()).await;
@@ -612,13 +628,15 @@ async fn a_server_that_is_overloaded_is_not_asked_again_and_again() {
     // Pauses of 0.8 s and more lie between them.
     let lists = server.state().lists.len();
     assert!(lists <= 5, "{lists} lists within 2 s");
+    assert_eq!(kube.is_up(), Some(false));
     server.state().broken = false;
     synced(&kube).await;
+    assert_eq!((kube.is_up(), Kube::off().is_up()), (Some(true), None));
 }
 
 #[tokio::test]
-async fn what_others_write_into_annotations_is_neither_kept_nor_news() {
-    let server = StandInServer::start();
+async fn annotations_of_others_are_neither_kept_nor_reported() {
+    let server = FakeApiServer::start();
     let annotated = |version: &str, others: &str| {
         let mut object = object("u1", version);
         object["metadata"]["annotations"]["example.com/leader"] = others.into();
@@ -634,17 +652,17 @@ async fn what_others_write_into_annotations_is_neither_kept_nor_news() {
     server.watched().await;
     let mut pods = kube.pods();
     pods.mark_unchanged();
-    server.tell("MODIFIED", annotated("101", "b"));
-    server.tell("ADDED", object("u2", "102"));
+    server.notify("MODIFIED", annotated("101", "b"));
+    server.notify("ADDED", object("u2", "102"));
     pods.changed().await.unwrap();
     assert!(pods.borrow().pods.contains_key(&uid("u2")), "woken before");
 }
 
-/// ARCHITECTURE.md states these numbers.
+/// docs/decisions/cluster-access.md states these numbers.
 #[tokio::test]
 async fn a_node_makes_few_requests_an_hour() {
-    let server = StandInServer::start();
-    // A thousandth of the time: an hour takes 3.6 s.
+    let server = FakeApiServer::start();
+    // A thousand times faster: an hour takes 3.6 s.
     server.state().second = Some(Duration::from_millis(1));
     server.state().pods = vec![object("u1", "90")];
     let kube = Kube::watch(server.client(), "node-1", &Arc::default());
@@ -656,7 +674,7 @@ async fn a_node_makes_few_requests_an_hour() {
         let watches = state.watches.len();
         assert!((2..=14).contains(&watches), "{watches} watches");
     }
-    // While the server is away, the pauses between two tries add up to an hour after so many.
+    // How many retries with backoff fit into an hour while the server is unreachable.
     let mut away = Duration::ZERO;
     let tries = watcher::DefaultBackoff::default()
         .take_while(|pause| {
@@ -665,4 +683,25 @@ async fn a_node_makes_few_requests_an_hour() {
         })
         .count();
     assert!((60..=130).contains(&tries), "{tries} tries");
+}
+
+#[tokio::test]
+async fn annotations_of_namespaces_follow_each_change_and_only_ebbs_are_kept() {
+    let server = ApiServer::start("127.0.0.1:0".parse().unwrap())
+        .await
+        .unwrap();
+    server.annotate_namespace("shop", "ebb.dev/drain", Some("observe"));
+    server.annotate_namespace("shop", "example.com/owner", Some("team-a"));
+    server.annotate_namespace("other", "example.com/owner", Some("team-b"));
+    let url = format!("http://{}", server.address());
+    let client = Client::try_from(Config::new(url.parse().unwrap())).unwrap();
+    let kube = Kube::watch(client, "node-1", &Arc::default());
+    let mut namespaces = kube.namespaces();
+    let drain = |value: &str| BTreeMap::from([("ebb.dev/drain".into(), value.into())]);
+    let expected = NamespaceAnnotations::from([("shop".into(), drain("observe"))]);
+    namespaces.wait_for(|n| **n == expected).await.unwrap();
+    server.annotate_namespace("new", "ebb.dev/drain", Some("off"));
+    server.annotate_namespace("shop", "ebb.dev/drain", None);
+    let expected = NamespaceAnnotations::from([("new".into(), drain("off"))]);
+    namespaces.wait_for(|n| **n == expected).await.unwrap();
 }

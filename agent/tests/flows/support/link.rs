@@ -1,23 +1,22 @@
-//! A namespace with a way to the host's, as a pod has one.
+//! A namespace that is linked to the host's, like a pod's.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
-    process::{self, Command},
+    process,
     sync::atomic::{AtomicU8, Ordering},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
+use ebb_testkit::namespace::{Namespace, ip};
 
-use super::namespace::Namespace;
-
-/// A namespace on a veth pair of its own with the host's.
+/// A namespace that has a veth pair with the host's.
 pub(crate) struct Linked {
     pub(crate) namespace: Namespace,
     number: u8,
 }
 
 impl Linked {
-    /// Makes one. To be called in the host's namespace.
+    /// Must be called in the host's namespace.
     pub(crate) fn new() -> Result<Self> {
         static NEXT: AtomicU8 = AtomicU8::new(1);
         let linked = Self {
@@ -43,7 +42,6 @@ impl Linked {
         Ok(linked)
     }
 
-    /// Its address.
     pub(crate) fn v4(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, 77, self.number, 2)
     }
@@ -60,12 +58,4 @@ impl Linked {
     fn host_v6(&self) -> String {
         Ipv6Addr::new(0xfd77, 0, 0, self.number.into(), 0, 0, 0, 1).to_string()
     }
-}
-
-/// Runs iproute2 in the calling thread's namespace.
-pub(crate) fn ip(arguments: &str) -> Result<()> {
-    let out = Command::new("ip").args(arguments.split(' ')).output()?;
-    let error = String::from_utf8_lossy(&out.stderr);
-    ensure!(out.status.success(), "ip {arguments}: {}", error.trim());
-    Ok(())
 }

@@ -1,14 +1,12 @@
-//! Namespaces, sockets and processes to drive into a corner, and the readings to compare.
+//! What trials open, start and change, and the readings that they compare.
 
 pub(crate) mod cgroup;
 pub(crate) mod kernel;
 pub(crate) mod link;
 pub(crate) mod multipath;
-pub(crate) mod namespace;
 pub(crate) mod proc_net;
-pub(crate) mod puppet;
 pub(crate) mod raw;
 pub(crate) mod sockets;
 pub(crate) mod ss;
-pub(crate) mod steps;
+pub(crate) mod worker;
 pub(crate) mod world;

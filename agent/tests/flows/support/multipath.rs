@@ -1,4 +1,4 @@
-//! Telling the kernel's MPTCP path manager of a second address, as `ip mptcp endpoint add`.
+//! Gives the kernel's MPTCP path manager a second address, like `ip mptcp endpoint add`.
 //!
 //! Generic netlink (include/uapi/linux/{genetlink,mptcp_pm}.h): find the family's number, then one request.
 

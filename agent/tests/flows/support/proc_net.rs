@@ -1,4 +1,4 @@
-//! A reading of the kernel that has nothing to do with ebb: `/proc/net/tcp` and `tcp6`.
+//! A reading of the kernel without any code of ebb: `/proc/net/tcp` and `tcp6`.
 
 use std::{
     fs,
@@ -7,14 +7,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// One line.
+/// One socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Row {
     pub(crate) local: SocketAddr,
     pub(crate) remote: SocketAddr,
     /// The kernel's number of the state; request sockets show as SYN_RECV (3).
     pub(crate) state: u8,
-    /// 0: nobody holds a descriptor.
+    /// 0: no process has a descriptor of it.
     pub(crate) inode: u64,
 }
 

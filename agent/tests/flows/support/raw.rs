@@ -1,16 +1,14 @@
-//! The system calls that have no safe interface.
+//! System calls without a safe interface.
 
 #![allow(
     unsafe_code,
-    reason = "socket options and ioctls take pointers; the calls here pass whole values that outlive them"
+    reason = "socket options take pointers; the calls here pass whole values that outlive them"
 )]
 
 use std::{
-    io, mem,
-    os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+    io,
+    os::fd::{AsRawFd, FromRawFd as _, OwnedFd},
 };
-
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 fn check(status: libc::c_int) -> io::Result<libc::c_int> {
     if status < 0 {
@@ -19,8 +17,8 @@ fn check(status: libc::c_int) -> io::Result<libc::c_int> {
     Ok(status)
 }
 
-/// Gives the calling thread a descriptor table of its own, with nothing but the standard streams in it: the
-/// limit of open files is one per table. What the thread had open before it must not touch again.
+/// Gives the calling thread a descriptor table of its own with only the standard streams, because the limit of open files
+/// is per table. The thread must not use a descriptor that it had before.
 pub(crate) fn own_descriptors() -> io::Result<()> {
     // SAFETY: no pointers; the other threads keep their table.
     let status = unsafe {
@@ -32,22 +30,6 @@ pub(crate) fn own_descriptors() -> io::Result<()> {
         )
     };
     check(status as libc::c_int).map(drop)
-}
-
-/// Moves the calling thread into a new network namespace.
-pub(super) fn unshare_network() -> io::Result<()> {
-    // SAFETY: unsafe for file descriptor tables, which NEWNET leaves alone.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.map_err(Into::into)
-}
-
-/// As `ip link set lo up`, in the namespace of `socket`.
-pub(super) fn loopback_up(socket: RawFd) -> io::Result<()> {
-    // SAFETY: plain data for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: reads an ifreq.
-    check(unsafe { libc::ioctl(socket, libc::SIOCSIFFLAGS, &request) }).map(drop)
 }
 
 /// Sets a socket option.
@@ -71,9 +53,8 @@ pub(crate) fn set<T: Copy>(
     .map(drop)
 }
 
-/// From now on nothing that arrives is heard by `socket`, nor acknowledged: a socket filter drops it before
-/// TCP sees it.
-pub(crate) fn deafen(socket: &impl AsRawFd) -> io::Result<()> {
+/// From now on a socket filter drops every segment for `socket` before TCP receives or acknowledges it.
+pub(crate) fn block_receive(socket: &impl AsRawFd) -> io::Result<()> {
     let mut nothing = libc::sock_filter {
         code: (libc::BPF_RET | libc::BPF_K) as u16,
         jt: 0,
@@ -87,8 +68,8 @@ pub(crate) fn deafen(socket: &impl AsRawFd) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
-/// Ends what [`deafen`] began.
-pub(crate) fn undeafen(socket: &impl AsRawFd) -> io::Result<()> {
+/// Ends what [`block_receive`] began.
+pub(crate) fn unblock_receive(socket: &impl AsRawFd) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &0i32)
 }
 
@@ -97,6 +78,6 @@ pub(super) fn stream(family: libc::c_int, protocol: libc::c_int) -> io::Result<O
     // SAFETY: no pointers.
     let fd =
         check(unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) })?;
-    // SAFETY: a new descriptor that nobody else has.
+    // SAFETY: a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,4 +1,4 @@
-//! Sockets that do what a trial needs of them.
+//! Opens, uses and closes sockets.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -15,10 +15,11 @@ use rustix::net::{
 
 use super::raw;
 
-/// Any port of the loopback address.
-pub(crate) const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// Any free port of the loopback address.
+pub(crate) const ANY_PORT: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-/// A listener with a backlog of its own; `prepare` sets options before it listens.
+/// A listener with this backlog. `prepare` sets options before it listens.
 pub(crate) fn listener_with(
     at: SocketAddr,
     backlog: i32,
@@ -33,12 +34,12 @@ pub(crate) fn listener_with(
     Ok(fd.into())
 }
 
-/// A listener on a port of its own.
+/// A listener on a free port of loopback.
 pub(crate) fn listener(backlog: i32) -> Result<TcpListener> {
-    listener_with(ANY, backlog, libc::IPPROTO_TCP, |_| Ok(()))
+    listener_with(ANY_PORT, backlog, libc::IPPROTO_TCP, |_| Ok(()))
 }
 
-/// Dials without waiting. `prepare` sets options before.
+/// Dials without waiting for the handshake. `prepare` sets options first.
 pub(crate) fn dial(
     to: SocketAddr,
     protocol: libc::c_int,
@@ -55,7 +56,7 @@ pub(crate) fn dial(
     Ok(fd.into())
 }
 
-/// Dials from an address of one's own choice, which may have been used before.
+/// Dials from this address, which may have been used before.
 pub(crate) fn dial_from(from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
     let fd = raw::stream(family(to), libc::IPPROTO_TCP)?;
     sockopt::set_socket_reuseaddr(&fd, true)?;
@@ -64,17 +65,17 @@ pub(crate) fn dial_from(from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
     Ok(fd.into())
 }
 
-/// A socket that has done nothing yet.
+/// A TCP socket that is not connected.
 pub(crate) fn unconnected() -> Result<OwnedFd> {
     Ok(raw::stream(libc::AF_INET, libc::IPPROTO_TCP)?)
 }
 
-/// Likewise, of this protocol.
+/// A socket of this protocol that is not connected.
 pub(crate) fn unconnected_by(protocol: libc::c_int) -> Result<OwnedFd> {
     Ok(raw::stream(libc::AF_INET, protocol)?)
 }
 
-/// A connection, accepted: the server's end and the client's.
+/// An accepted connection: the server's end and the client's.
 pub(crate) fn pair(listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
     let client = TcpStream::connect(listener.local_addr()?)?;
     client.set_nodelay(true)?;
@@ -89,8 +90,8 @@ pub(crate) fn reset(stream: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Writes until nothing more fits into the send buffer; returns how much did.
-pub(crate) fn fill(mut stream: &TcpStream) -> Result<usize> {
+/// Writes until the send buffer is full; returns the number of bytes written.
+pub(crate) fn fill_send_buffer(mut stream: &TcpStream) -> Result<usize> {
     stream.set_nonblocking(true)?;
     let mut written = 0;
     loop {
@@ -104,28 +105,25 @@ pub(crate) fn fill(mut stream: &TcpStream) -> Result<usize> {
     Ok(written)
 }
 
-/// Reads exactly `n` bytes.
-pub(crate) fn take(mut stream: &TcpStream, n: usize) -> Result<()> {
+pub(crate) fn read_bytes(mut stream: &TcpStream, n: usize) -> Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream
         .read_exact(&mut vec![0; n])
         .with_context(|| format!("reading {n} bytes"))
 }
 
-/// Reads to the end.
-pub(crate) fn drain(mut stream: &TcpStream) -> Result<u64> {
+pub(crate) fn read_to_end(mut stream: &TcpStream) -> Result<u64> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     Ok(std::io::copy(&mut stream, &mut std::io::sink())?)
 }
 
-/// Writes `n` bytes.
-pub(crate) fn give(mut stream: &TcpStream, n: usize) -> Result<()> {
+pub(crate) fn write_bytes(mut stream: &TcpStream, n: usize) -> Result<()> {
     stream.write_all(&vec![b'x'; n])?;
     Ok(())
 }
 
-/// As `ss -K`: has the kernel destroy the connection of which `local` is the near end (SOCK_DESTROY over
-/// netlink, net/ipv4/inet_diag.c). For the calling thread's namespace, IPv4.
+/// Destroys the socket whose own end is `local`, like `ss -K` (SOCK_DESTROY over netlink, net/ipv4/inet_diag.c). In the
+/// calling thread's namespace, for IPv4 only.
 pub(crate) fn destroy(local: SocketAddr, remote: SocketAddr) -> Result<()> {
     const SOCK_DESTROY: u16 = 21;
     const REQUEST_AND_ACK: u16 = 0x5;
@@ -186,12 +184,12 @@ fn family(at: SocketAddr) -> libc::c_int {
     }
 }
 
-/// Dissolves the association of a connected socket: `connect(AF_UNSPEC)`.
+/// Disconnects a socket, by `connect(AF_UNSPEC)`.
 pub(crate) fn disconnect(socket: &impl AsFd) -> Result<()> {
     Ok(rustix::net::connect_unspec(socket)?)
 }
 
-/// `shutdown(SHUT_RD)`: on a listener, it stops listening.
+/// `shutdown(SHUT_RD)`, which makes a listener stop listening.
 pub(crate) fn shut_reading(socket: &impl AsFd) -> Result<()> {
     Ok(rustix::net::shutdown(socket, rustix::net::Shutdown::Read)?)
 }

@@ -1,5 +1,5 @@
-//! The kernel's sock_diag as another program reads it: `ss`, of iproute2. ebb's looks come from there, too, but nothing
-//! of its code does.
+//! A reading of sock_diag by another program: `ss`, of iproute2. ebb's dumps come from sock_diag, too, but `ss` has none of
+//! its code.
 
 use std::process::Command;
 
@@ -40,12 +40,12 @@ fn row(line: &str) -> Option<Row> {
         local: address(local)?,
         remote: address(remote)?,
         state,
-        // Those of which nobody has a descriptor have none.
+        // A socket without a descriptor has none.
         inode: inode.map_or(Some(0), |n| n.parse().ok())?,
     })
 }
 
-/// `*` is any port or, alone, any address of a socket for both families. A name of an interface is left out.
+/// `*` is any port or, alone, any address of a dual-stack socket. The name of an interface is left out.
 fn address(text: &str) -> Option<std::net::SocketAddr> {
     let (ip, port) = text.rsplit_once(':')?;
     let ip = ip.trim_matches(['[', ']']);

@@ -1,35 +1,40 @@
-//! A trial's namespace, and what must be read in it.
+//! The namespace of a trial, and the readings that must agree on it.
 
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::{SocketAddr, TcpListener},
+    os::unix::fs::MetadataExt as _,
     panic::Location,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, bail, ensure};
-use ebb::{
+use ebb::kernel::{Tracker, WorkloadCount};
+use ebb_core::{
     flow::{Direction, Flow, FlowState, Sample, Snapshot},
     ids::{CgroupId, NetnsInode},
-    kernel::{Audit, Tracker, WorkloadCount},
-    pods::Scope,
+    scope::Scope,
 };
+use ebb_testkit::{
+    namespace::Namespace,
+    trial::{scaled, step},
+};
+use rustix::thread::gettid;
 
 use super::{
-    cgroup::Cgroup,
-    kernel,
-    namespace::{Namespace, scope_of_this_thread},
+    cgroup, kernel,
     proc_net::{self, Row},
-    sockets, ss, steps,
+    sockets, ss,
 };
 
-/// Long enough for a SYN that was dropped to be sent again, twice.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(8);
-/// What needs no timer and no answer is there by then, also on a busy machine.
+/// Long enough for two retransmissions of a SYN.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(8);
+/// The limit, even on a busy machine, for what needs no timer and no segment.
 const AT_ONCE: Duration = Duration::from_millis(200);
-/// So long that what is open is active, whatever the machine is busy with.
+/// So long that an open connection stays active, even on a busy machine.
 const NEVER: Duration = Duration::from_secs(3600);
 
 /// The calling thread's network namespace.
@@ -37,33 +42,47 @@ pub(crate) struct World {
     pub(crate) tracker: Tracker,
     pub(crate) scope: Scope,
     pub(crate) netns: NetnsInode,
-    total_before: u64,
+    /// How many flows the counters had as opened when the trial began.
+    opened_before: u64,
+    /// The tracker has not counted the flows, because they are older.
+    older: Cell<bool>,
     idle_after: Cell<Duration>,
     fast_open: Cell<bool>,
     server_ports: RefCell<BTreeSet<u16>>,
-    /// The cgroup whose all inbound flows have to be.
+    /// The cgroup that must own all inbound flows.
     owner: Cell<Option<CgroupId>>,
+}
+
+/// The calling thread's namespace as a scope: `/proc` has an entry for each thread.
+pub(crate) fn scope_of_this_thread() -> Result<Scope> {
+    Ok(Scope::Netns {
+        inode: NetnsInode(fs::metadata("/proc/thread-self/ns/net")?.ino().try_into()?),
+        pid: gettid().as_raw_nonzero().get().try_into()?,
+    })
 }
 
 /// Runs a trial in a namespace and a cgroup of its own, with the shared tracker.
 pub(crate) fn world(f: impl FnOnce(&World) -> Result<()> + Send) -> Result<()> {
     let tracker = kernel::shared();
-    // Removed when its thread is gone.
-    let mut cgroup = None;
+    // Removed after its thread has ended.
+    let mut own_cgroup = None;
     Namespace::new()?.run(|| {
-        let own = cgroup.insert(Cgroup::of_this_thread()?).id()?;
+        let own = cgroup::id_of(own_cgroup.insert(cgroup::of_this_thread()?))?;
         let world = World::here(tracker)?;
         world.owned_by(own);
         f(&world)?;
-        world.has_no_drift()
+        world.agrees().map(drop)
     })
 }
 
-/// What was read. Flows by state; the rest of what there may be is told apart only by the counters.
+/// The numbers of flows by each reading.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Reading {
+    /// Inbound.
     counted: i64,
-    looked: (BTreeMap<FlowState, u32>, u32),
+    /// Inbound by state, and outbound.
+    dumped: (BTreeMap<FlowState, u32>, u32),
+    /// Inbound and outbound.
     kernel: (u32, u32),
 }
 
@@ -78,42 +97,48 @@ impl World {
             tracker,
             scope,
             netns: inode,
-            total_before: 0,
+            opened_before: 0,
+            older: false.into(),
             idle_after: NEVER.into(),
             fast_open: false.into(),
             server_ports: RefCell::default(),
             owner: None.into(),
         };
         Ok(Self {
-            total_before: world.total(),
+            opened_before: world.totals().0,
             ..world
         })
     }
 
-    /// A listener whose flows are inbound.
+    /// A listener. Flows on its port must be inbound.
     pub(crate) fn listen(&self, backlog: i32) -> Result<TcpListener> {
         self.serving(sockets::listener(backlog)?)
     }
 
-    /// Says that what is open on the port of `listener` is inbound.
+    /// From now on flows on the port of `listener` must be inbound.
     pub(crate) fn serving(&self, listener: TcpListener) -> Result<TcpListener> {
         self.serving_at(listener.local_addr()?);
         Ok(listener)
     }
 
-    /// Likewise, for a listener in another process.
+    /// From now on flows on the port of this address must be inbound.
     pub(crate) fn serving_at(&self, at: SocketAddr) {
         self.server_ports.borrow_mut().insert(at.port());
     }
 
-    /// From now on nothing is inbound because of its port.
-    pub(crate) fn serving_no_more(&self) {
+    /// From now on no port makes a flow inbound.
+    pub(crate) fn serving_no_port(&self) {
         self.server_ports.borrow_mut().clear();
     }
 
-    /// From now on all inbound flows have to be this cgroup's.
+    /// From now on this cgroup must own all inbound flows.
     pub(crate) fn owned_by(&self, cgroup: CgroupId) {
         self.owner.set(Some(cgroup));
+    }
+
+    /// From now on the counters are not compared, because the flows are older than the tracker.
+    pub(crate) fn older_than_tracker(&self) {
+        self.older.set(true);
     }
 
     /// From now on SYN_RECV on a server's port is a fast-open child, not a request.
@@ -121,24 +146,9 @@ impl World {
         self.fast_open.set(true);
     }
 
-    /// Sets the time after which quiet is idle. Without, what is open is active.
+    /// Sets `idle-after`. Without it every open flow is active.
     pub(crate) fn idle_after(&self, after: Duration) {
         self.idle_after.set(after);
-    }
-
-    /// Demands that an audit of this namespace finds nothing wrong.
-    pub(crate) fn has_no_drift(&self) -> Result<()> {
-        let found = self.audit()?;
-        ensure!(
-            found.drift == 0 && found.moving == 0 && found.uncounted == 0,
-            "{found:?}"
-        );
-        Ok(())
-    }
-
-    /// Compares the counters of this namespace with the kernel's tables.
-    pub(crate) fn audit(&self) -> Result<Audit> {
-        Ok(kernel::wait(self.tracker.audit(Some(&self.scope)))?)
     }
 
     /// The counters of this namespace, by cgroup.
@@ -148,27 +158,38 @@ impl World {
         counts
     }
 
-    fn total(&self) -> u64 {
-        self.counts().iter().map(|c| c.inbound_total).sum()
+    /// How many flows were opened and closed, by the counters.
+    fn totals(&self) -> (u64, u64) {
+        let counts = self.counts();
+        (
+            counts.iter().map(|c| c.opened).sum(),
+            counts.iter().map(|c| c.closed).sum(),
+        )
     }
 
-    /// Inbound flows since the trial began.
-    pub(crate) fn ever(&self) -> u64 {
-        self.total() - self.total_before
+    /// Open inbound flows by the counters, which have only those that were opened while the tracker ran.
+    fn counted(&self) -> i64 {
+        let (opened, closed) = self.totals();
+        opened as i64 - closed as i64
+    }
+
+    /// How many inbound flows were opened since the trial began.
+    pub(crate) fn opened(&self) -> u64 {
+        self.totals().0 - self.opened_before
     }
 
     /// The sockets of this namespace.
-    pub(crate) fn look(&self) -> Result<Vec<Sample>> {
-        Ok(kernel::wait(self.tracker.look(&self.scope))?.samples)
+    pub(crate) fn dump(&self) -> Result<Vec<Sample>> {
+        Ok(kernel::wait(self.tracker.dump(&self.scope))?.samples)
     }
 
     /// The flows of this namespace.
     pub(crate) fn snapshot(&self) -> Result<Snapshot> {
-        let look = kernel::wait(self.tracker.look(&self.scope))?;
+        let dump = kernel::wait(self.tracker.dump(&self.scope))?;
         let after = self.idle_after.get();
-        let samples = &look.samples;
+        let samples = &dump.samples;
         Ok(Snapshot::new(
-            look.taken_at,
+            dump.taken_at,
             samples,
             after,
             |_| true,
@@ -178,10 +199,10 @@ impl World {
 
     /// The kernel's own table: inbound and outbound flows.
     pub(crate) fn kernel_rows(&self) -> Result<(Vec<Row>, Vec<Row>)> {
-        Ok(self.told_apart(proc_net::rows()?))
+        Ok(self.by_direction(proc_net::rows()?))
     }
 
-    fn told_apart(&self, rows: Vec<Row>) -> (Vec<Row>, Vec<Row>) {
+    fn by_direction(&self, rows: Vec<Row>) -> (Vec<Row>, Vec<Row>) {
         let ports = self.server_ports.borrow();
         rows.into_iter()
             .filter(|row| self.is_flow(row))
@@ -191,6 +212,8 @@ impl World {
     fn is_flow(&self, row: &Row) -> bool {
         match row.state {
             1 | 4 | 8 | 9 | 11 => true,
+            // FIN_WAIT2 of a socket that the application still has.
+            5 => row.inode != 0,
             3 => self.fast_open.get() && self.server_ports.borrow().contains(&row.local.port()),
             _ => false,
         }
@@ -201,12 +224,13 @@ impl World {
         let counts = self.counts();
         let snapshot = self.snapshot()?;
         if let Some(owner) = self.owner.get() {
-            let others = counts.iter().find(|c| c.inbound != 0 && c.cgroup != owner);
-            ensure!(others.is_none(), "not {owner:?}'s: {others:?}");
+            let open = |c: &&WorkloadCount| c.opened != c.closed;
+            let others = counts.iter().filter(open).find(|c| c.cgroup != owner);
+            ensure!(others.is_none(), "not of {owner:?}: {others:?}");
             let inbound = |f: &&Flow| f.direction == Direction::Inbound;
             let flows = snapshot.flows.iter().filter(inbound);
             let other = flows.clone().find(|f| f.cgroup != Some(owner));
-            ensure!(other.is_none(), "not {owner:?}'s: {other:?}");
+            ensure!(other.is_none(), "not of {owner:?}: {other:?}");
         }
         let mut states = BTreeMap::new();
         let mut dialled = 0;
@@ -216,50 +240,56 @@ impl World {
                 Direction::Outbound => dialled += 1,
             }
         }
-        if states_of(&snapshot) != states_by_proc(&inbound) {
-            // Two looks at different moments; who asks again gets equal ones.
+        if states_by_ebb(&snapshot) != states_by_proc(&inbound) {
+            // The two readings are of different moments; the caller reads again.
             states.insert(FlowState::Active, u32::MAX);
         }
         Ok(Reading {
-            counted: counts.iter().map(|c| c.inbound).sum(),
-            looked: (states, dialled),
+            counted: if self.older.get() {
+                inbound.len().try_into()?
+            } else {
+                // A fast-open child is counted when its handshake is done.
+                let children = inbound.iter().filter(|row| row.state == 3).count();
+                self.counted() + i64::try_from(children)?
+            },
+            dumped: (states, dialled),
             kernel: (inbound.len().try_into()?, outbound.len().try_into()?),
         })
     }
 
-    /// Demands that counters, look, kernel and `ss` agree on these inbound flows, by state, and all but the counters on
-    /// so many outbound ones. Loopback does its work in softirqs, so they may take a moment; they have to end there.
+    /// Demands that counters, dump, kernel and `ss` agree on these inbound flows, by state, and all but the counters on
+    /// this number of outbound ones. Waits for it, because loopback works in softirqs.
     #[track_caller]
     pub(crate) fn has(&self, states: &[(FlowState, u32)], outbound: u32) -> Result<()> {
-        steps::step(Location::caller());
-        self.has_within(PATIENCE, states, outbound)
+        step(Location::caller());
+        self.has_within(TIMEOUT, states, outbound)
     }
 
-    /// Likewise, and there is nothing to wait for but softirqs: no timer, no second segment.
+    /// As [`Self::has`], but waits for softirqs only: no timer, no second segment.
     #[track_caller]
     pub(crate) fn has_at_once(&self, states: &[(FlowState, u32)], outbound: u32) -> Result<()> {
-        steps::step(Location::caller());
+        step(Location::caller());
         self.has_within(AT_ONCE, states, outbound)
     }
 
     fn has_within(
         &self,
-        patience: Duration,
+        limit: Duration,
         states: &[(FlowState, u32)],
         outbound: u32,
     ) -> Result<()> {
         let inbound: u32 = states.iter().map(|(_, n)| n).sum();
         let wanted = Reading {
             counted: inbound.into(),
-            looked: (
+            dumped: (
                 states.iter().filter(|(_, n)| *n > 0).copied().collect(),
                 outbound,
             ),
             kernel: (inbound, outbound),
         };
-        let until = Instant::now() + patience;
+        let until = Instant::now() + scaled(limit);
         loop {
-            // The machine may be slow, but the last reading has to have begun after this moment.
+            // The machine may be slow: the last reading must begin after this moment.
             let late = Instant::now() > until;
             let read = self.read()?;
             ensure!(read.counted >= 0, "below zero: {read:?}");
@@ -268,7 +298,7 @@ impl World {
             }
             if late {
                 bail!(
-                    "wanted {wanted:?} after {patience:?}, have {read:?}\nlook: {:#?}\nkernel: {:#?}\nss: {:#?}",
+                    "wanted {wanted:?} after {limit:?}, have {read:?}\ndump: {:#?}\nkernel: {:#?}\nss: {:#?}",
                     self.snapshot()?.flows,
                     proc_net::rows()?,
                     ss::rows()?
@@ -280,31 +310,30 @@ impl World {
 
     /// Whether `ss` shows the same flows as `/proc`.
     fn ss_agrees(&self) -> Result<bool> {
-        let (inbound, outbound) = self.told_apart(ss::rows()?);
+        let (inbound, outbound) = self.by_direction(ss::rows()?);
         let (wanted_in, wanted_out) = self.kernel_rows()?;
         Ok(states_by_proc(&inbound) == states_by_proc(&wanted_in)
             && (inbound.len(), outbound.len()) == (wanted_in.len(), wanted_out.len()))
     }
 
-    /// Demands so many inbound flows in a look, and so many inbound sockets in counters and kernel.
-    pub(crate) fn is(&self, looked: usize, counted: u32, within: Duration) -> Result<()> {
-        let until = Instant::now() + within;
+    /// Demands `dumped` inbound flows in a dump, and `counted` in counters and kernel.
+    pub(crate) fn has_inbound(&self, dumped: usize, counted: u32, limit: Duration) -> Result<()> {
+        let until = Instant::now() + scaled(limit);
         loop {
             let flows = self.snapshot()?.flows;
             let inbound = flows.iter().filter(|f| f.direction == Direction::Inbound);
-            let counts: i64 = self.counts().iter().map(|c| c.inbound).sum();
-            let read = (inbound.count(), counts, self.kernel_rows()?.0.len());
-            if read == (looked, counted.into(), counted.try_into()?) {
+            let read = (inbound.count(), self.counted(), self.kernel_rows()?.0.len());
+            if read == (dumped, counted.into(), counted.try_into()?) {
                 return Ok(());
             }
             if Instant::now() > until {
-                bail!("wanted {looked} of {counted}, have {read:?}: {flows:#?}");
+                bail!("wanted {dumped} of {counted}, have {read:?}: {flows:#?}");
             }
             sleep(Duration::from_millis(10));
         }
     }
 
-    /// Demands it now and for a while.
+    /// As [`Self::has`], now and for as long as `lasting`.
     #[track_caller]
     pub(crate) fn keeps(
         &self,
@@ -323,22 +352,22 @@ impl World {
         self.has(states, outbound)
     }
 
-    /// Demands that counters, look and kernel agree, whatever on; returns inbound and outbound.
+    /// Demands that counters, dump and kernel agree; returns the numbers of inbound and outbound flows.
     pub(crate) fn agrees(&self) -> Result<(u32, u32)> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + scaled(TIMEOUT);
         loop {
             let read = self.read()?;
-            let looked = (
-                read.looked.0.values().map(|n| u64::from(*n)).sum::<u64>(),
-                read.looked.1,
+            let dumped = (
+                read.dumped.0.values().map(|n| u64::from(*n)).sum::<u64>(),
+                read.dumped.1,
             );
             let (inbound, outbound) = read.kernel;
-            if read.counted == i64::from(inbound) && looked == (inbound.into(), outbound) {
+            if read.counted == i64::from(inbound) && dumped == (inbound.into(), outbound) {
                 return Ok(read.kernel);
             }
             if Instant::now() > until {
                 bail!(
-                    "counters, look and kernel differ: {read:?}, counted {:?}",
+                    "counters, dump and kernel differ: {read:?}, counted {:?}",
                     self.counts()
                 );
             }
@@ -347,9 +376,9 @@ impl World {
     }
 }
 
-/// What ebb and `/proc` can both tell of inbound flows: which one, and whether it waits to be accepted, is
-/// being flushed, or neither.
-fn states_of(snapshot: &Snapshot) -> BTreeSet<(SocketAddr, SocketAddr, u8)> {
+/// What both ebb and `/proc` know of inbound flows: the addresses, and whether a flow is in the backlog, is being flushed,
+/// or neither.
+fn states_by_ebb(snapshot: &Snapshot) -> BTreeSet<(SocketAddr, SocketAddr, u8)> {
     snapshot
         .flows
         .iter()

@@ -1,4 +1,4 @@
-//! A gRPC server as generated code would have it. Its argument is how often it pings, in ms.
+//! A gRPC server like one of generated code. Its argument is the interval of its pings, in ms.
 
 use std::{
     convert::Infallible,
@@ -21,7 +21,7 @@ use tonic::{
 use tonic_prost::ProstCodec;
 use tower::Service;
 
-/// What is said both ways, `google.protobuf.StringValue`: how long to take, in ms, and any answer.
+/// Request and answer, a `google.protobuf.StringValue`. The request is the delay of the answer, in ms.
 pub(crate) type Text = String;
 type Streamed = Pin<Box<dyn Stream<Item = Result<Text, Status>> + Send>>;
 type Answer<T> = Pin<Box<dyn Future<Output = T> + Send>>;

@@ -1,4 +1,4 @@
-//! A server in the manner of inetd: each connection is `cat`'s, and kept open by its starter as well.
+//! A server like inetd: `cat` serves each connection, and its parent keeps the connection open, too.
 
 use std::{
     net::TcpListener,

@@ -1,4 +1,4 @@
-//! Servers that are libraries, as programs for pods: this executable under other names. All listen on 8080.
+//! Servers from libraries, as programs for pods: this executable under other names. All listen on 8080.
 
 mod grpc;
 mod inetd;
@@ -12,16 +12,16 @@ use tokio::runtime::Runtime;
 
 pub(crate) use grpc::Text;
 
-/// tonic, with calls that take their time.
+/// tonic, with slow calls.
 pub(crate) const GRPC: &str = "ebb-servers-grpc";
-/// axum, and so hyper.
+/// axum, which is hyper.
 pub(crate) const WEB: &str = "ebb-servers-web";
-/// Two processes for each connection.
+/// A server with two processes for each connection.
 pub(crate) const INETD: &str = "ebb-servers-inetd";
 /// tokio-tungstenite.
 pub(crate) const WEB_SOCKET: &str = "ebb-servers-web-socket";
 
-/// Becomes the server that this process was started as.
+/// Runs the server that this process was started as, if it is one.
 pub(crate) fn dispatch() -> Option<ExitCode> {
     let name = env::args_os().next()?;
     let served = match Path::new(&name).file_name()?.to_str()? {

@@ -1,4 +1,4 @@
-//! A web server that writes down what it was asked, once it has been.
+//! A web server that logs each request when it handles it.
 
 use std::{fs::OpenOptions, io::Write as _, sync::Mutex, time::Duration};
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use axum::{Router, extract::RawQuery, routing::get};
 use tokio::net::TcpListener;
 
-/// The file that each request is a line of: its query.
+/// The log. Each line is the query of a request.
 pub(crate) const LOG: &str = "access";
 
 pub(super) async fn serve() -> Result<()> {

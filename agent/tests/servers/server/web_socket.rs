@@ -1,4 +1,4 @@
-//! A WebSocket server that says every text back; `slow` after 4 s. Its argument is how often it pings, in ms.
+//! A WebSocket server that echoes each text, `slow` after 4 s. Its argument is the interval of its pings, in ms.
 
 use std::time::Duration;
 

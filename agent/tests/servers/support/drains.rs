@@ -1,50 +1,64 @@
 //! One tracker and one driver of drains for all trials.
 
 use std::{
-    sync::{Arc, OnceLock},
+    path::PathBuf,
+    sync::{Arc, LazyLock, OnceLock},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use ebb::{
-    drain::{
-        driver::{DrainHandle, Drains, Hold, HoldOrder},
-        policy::{IdleFlows, Policy, Until},
-        report::{ReleaseReason, Report},
-    },
-    kernel::Tracker,
+    drains::driver::{DrainHandle, Drains, Hold, HoldOrder},
+    kernel::{KubeletCgroup, Tracker, TrackerOptions},
 };
-use tokio::{sync::mpsc, time::timeout};
+use ebb_common::LOSSES;
+use ebb_core::{
+    drain_report::{ReleaseReason, Report},
+    policy::{IdleFlows, Policy, Until},
+};
+use ebb_testkit::trial::step;
+use tokio::{runtime::Runtime, sync::mpsc, time::timeout};
 
-use super::{kernel, steps::step};
-
-/// Short, so that trials are; what is said of it holds for any.
+/// Short, so that trials are short. The results hold for any value.
 pub(crate) const IDLE_AFTER: Duration = Duration::from_millis(500);
-/// How long anything may take that has to happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// The limit for what must happen.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Where the tracker and the driver run.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 static SHARED: OnceLock<(Tracker, DrainHandle)> = OnceLock::new();
 
 /// The tracker and the driver.
 pub(crate) fn shared() -> &'static (Tracker, DrainHandle) {
     SHARED.get_or_init(|| {
-        let (tracker, events) = kernel::start().unwrap();
-        // Nobody listens for notices.
+        step("starting the tracker");
+        let _inside = RUNTIME.enter();
+        let root = PathBuf::from("/sys/fs/cgroup");
+        let options = TrackerOptions {
+            kubelet: Some(KubeletCgroup {
+                root: root.clone(),
+                named: None,
+            }),
+            cgroup_root: Some(root),
+            ..TrackerOptions::default()
+        };
+        let (tracker, events) = Tracker::start(options).unwrap();
         let (notices, _) = mpsc::unbounded_channel();
-        let kernel = Arc::new(tracker.clone());
-        let drains = kernel::wait(async { Drains::spawn(kernel, events, None, notices) });
+        let drains = Drains::spawn(Arc::new(tracker.clone()), events, None, notices);
         (tracker, drains)
     })
 }
 
-/// What must hold of the tracker at the end: its counters are right and always were, and it has lost nothing.
-pub(crate) fn nothing_lost() -> Result<()> {
-    SHARED
-        .get()
-        .map_or(Ok(()), |(tracker, _)| kernel::exact(tracker, None))
+/// Demands that the tracker has lost nothing.
+pub(crate) fn lost_nothing() -> Result<()> {
+    if let Some((tracker, _)) = SHARED.get() {
+        let losses = tracker.losses()?;
+        ensure!(losses == [0; LOSSES], "lost: {losses:?}");
+    }
+    Ok(())
 }
 
-/// What trials drain with, unless they say otherwise: little settling, and idle is enough.
+/// The usual policy of trials: `until: idle` after a short settle phase.
 pub(crate) fn until_idle() -> Policy {
     Policy {
         until: Until::Idle,
@@ -55,7 +69,7 @@ pub(crate) fn until_idle() -> Policy {
     }
 }
 
-/// As [`until_idle`], but closes idle flows and waits for their end.
+/// As [`until_idle`], but the drain closes idle flows and waits for their end.
 pub(crate) fn closing() -> Policy {
     Policy {
         until: Until::Zero,
@@ -64,15 +78,18 @@ pub(crate) fn closing() -> Policy {
     }
 }
 
-/// Begins a drain of a pod.
 pub(crate) async fn drain(pod: ebb::pods::Pod, policy: Policy) -> Drain {
     let order = HoldOrder {
         pod: Arc::new(pod),
         policy,
         warnings: vec![],
         grace: Some(Duration::from_secs(60)),
-        patience: None,
-        deleted: None,
+        rpc_timeout: None,
+        deletion: None,
+        is_stop: true,
+        is_not_deleted: false,
+        traceparent: None,
+        is_listed: true,
     };
     step("beginning a drain");
     Drain(shared().1.hold(order).await)
@@ -89,25 +106,25 @@ impl Drain {
         Ok(())
     }
 
-    /// Demands that it stays held for so long.
+    /// Demands that the pod stays held for as long as `lasting`.
     pub(crate) async fn stays_held(&self, lasting: Duration) -> Result<()> {
-        step("waiting for nothing to be released");
+        step("checking that the hold stays");
         let over = timeout(lasting, self.0.released()).await;
         ensure!(over.is_err(), "released: {:?}", over.ok());
         Ok(())
     }
 
-    /// Waits for its end, whatever it is.
-    pub(crate) async fn over(&self) -> Result<Arc<Report>> {
+    /// Waits for the release, whatever its reason.
+    pub(crate) async fn released(&self) -> Result<Arc<Report>> {
         step("waiting for a release");
-        timeout(PATIENCE, self.0.released())
+        timeout(TIMEOUT, self.0.released())
             .await
             .context("still held")
     }
 
-    /// Waits until ebb takes the pod for drained, with so many flows still open.
+    /// Waits for a release as drained, with this number of flows still open.
     pub(crate) async fn drained(&self, open: u32) -> Result<Arc<Report>> {
-        let report = self.over().await?;
+        let report = self.released().await?;
         ensure!(
             report.reason == Some(ReleaseReason::Drained) && report.cut_total == Some(open),
             "{report:#?}"

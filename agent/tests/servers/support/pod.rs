@@ -1,4 +1,4 @@
-//! A pod: a network namespace and a cgroup with servers in it, and a link to where its clients are.
+//! A pod: a network namespace and a cgroup with servers, and a link to the namespace of its clients.
 
 use std::{
     fs,
@@ -12,13 +12,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ebb::{
-    drain::policy::Policy,
+use ebb_core::{
     flow::{Flow, FlowState, Snapshot},
     ids::{PodName, PodUid, SandboxId, SocketCookie},
-    pods::Scope,
+    policy::Policy,
+    scope::Scope,
 };
-use ebb_node::{helpers, parts::Parts};
+use ebb_testkit::{
+    cgroup::Cgroup,
+    helpers,
+    namespace::{Namespace, ip},
+    parts::Parts,
+    trial::step,
+};
 use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open},
     thread::gettid,
@@ -27,14 +33,9 @@ use socket2::SockRef;
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    cgroup::Cgroup,
-    drains::{self, Drain, IDLE_AFTER, PATIENCE},
-    namespace::Namespace,
-    steps::step,
-};
+use super::drains::{self, Drain, IDLE_AFTER, TIMEOUT};
 
-/// Each pod is alone with its clients, so all have the same address.
+/// The address of all pods, because each is alone on its link.
 pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -51,14 +52,14 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    /// An empty one.
+    /// An empty pod.
     pub(crate) fn new() -> Result<Self> {
-        // Waited for here, before clients are waited for.
+        // Started before the clients, because it takes a while.
         drains::shared();
         let name = format!("pod-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let (inside, outside) = (Namespace::new()?, Namespace::new()?);
         outside.run(|| {
-            // `ip` takes any task for a namespace, a thread as well.
+            // `ip` takes a thread's id for a namespace, too.
             let here = gettid().as_raw_nonzero().to_string();
             inside.run(|| {
                 ip(&format!(
@@ -70,7 +71,7 @@ impl Pod {
             ip("address add 10.77.0.1/24 dev eth0")?;
             ip("link set eth0 up")
         })?;
-        let directory = ebb_node::sandbox::place()?.directory().join(&name);
+        let directory = ebb_testkit::sandbox::paths()?.directory().join(&name);
         fs::create_dir_all(&directory)?;
         Ok(Self {
             cgroup: Cgroup::new(&name)?,
@@ -84,12 +85,12 @@ impl Pod {
         })
     }
 
-    /// Its files.
+    /// The directory of its files.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Starts a program in it, which is ready when it accepts connections on `port`.
+    /// Starts a program in it and waits until it accepts connections on `port`.
     pub(crate) fn start(&mut self, program: &[&str], port: u16) -> Result<()> {
         let log = fs::File::create(self.directory.join(format!("{port}.log")))?;
         let cgroup = self.cgroup.path().join("cgroup.procs");
@@ -107,12 +108,12 @@ impl Pod {
                 .with_context(|| format!("starting {program:?}"))
         })?;
         self.scope = Scope::Netns {
-            inode: ebb::kernel::Netns::of_process(child.id())?.inode(),
+            inode: ebb::linux::netns::Netns::of_process(child.id())?.inode(),
             pid: child.id(),
         };
         self.processes.push(child);
         self.inside.run(|| {
-            let until = Instant::now() + PATIENCE;
+            let until = Instant::now() + TIMEOUT;
             while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
                 if Instant::now() > until {
                     let log = fs::read_to_string(self.directory.join(format!("{port}.log")));
@@ -124,7 +125,7 @@ impl Pod {
         })
     }
 
-    /// Starts one of this executable's programs under its name.
+    /// Starts this executable in it as the helper of this name.
     pub(crate) fn start_own(&mut self, name: &str, arguments: &[&str], port: u16) -> Result<()> {
         let program = self.directory.join(name);
         symlink(std::env::current_exe()?, &program)?;
@@ -134,7 +135,7 @@ impl Pod {
         self.start(&line, port)
     }
 
-    /// Starts nginx with these servers, and behind it, on port 9000, an application that takes its time.
+    /// Starts nginx with these servers, and on port 9000 a slow application behind it.
     pub(crate) fn nginx(servers: &str) -> Result<Self> {
         let mut pod = Self::new()?;
         pod.start_own(helpers::FIXTURE, &["serve", "--port", "9000"], 9000)?;
@@ -161,40 +162,41 @@ impl Pod {
         Ok(pod)
     }
 
-    /// Where its clients find a port.
+    /// The address of one of its ports.
     pub(crate) fn at(&self, port: u16) -> SocketAddr {
         (ADDRESS, port).into()
     }
 
-    /// Runs `clients` where its clients are.
-    pub(crate) fn meet<T: Send>(
+    /// Runs `clients` in the namespace of its clients.
+    pub(crate) fn with_clients<T: Send>(
         &self,
         clients: impl AsyncFnOnce(&Self) -> Result<T> + Send,
     ) -> Result<T> {
         self.outside.run(|| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            let met = runtime.block_on(clients(self));
+            let result = runtime.block_on(clients(self));
             step("ending what the clients left behind");
-            // Whatever a client's library still waits for.
-            runtime.shutdown_timeout(PATIENCE);
-            met
+            // A client's library may still wait for something.
+            runtime.shutdown_timeout(TIMEOUT);
+            result
         })
     }
 
     /// The flows that hold, with this `idle-after`.
     pub(crate) async fn flows(&self, idle_after: Duration) -> Result<Vec<Flow>> {
-        let look = drains::shared().0.look(&self.scope).await?;
+        let dump = drains::shared().0.dump(&self.scope).await?;
         let snapshot = Snapshot::new(
-            look.taken_at,
-            &look.samples,
+            dump.taken_at,
+            &dump.samples,
             idle_after,
             |_| true,
-            |_| false,
+            // The connection of `start` may not be closed yet.
+            |ip| ip.is_loopback(),
         );
         Ok(snapshot.holding().cloned().collect())
     }
 
-    /// The one connection that there is from outside.
+    /// The only connection from outside.
     async fn flow(&self) -> Result<Flow> {
         let mut flows = self.flows(IDLE_AFTER).await?;
         match (flows.pop(), &flows[..]) {
@@ -203,28 +205,28 @@ impl Pod {
         }
     }
 
-    /// What ebb calls it.
+    /// The state of the only connection.
     pub(crate) async fn state(&self) -> Result<FlowState> {
         Ok(self.flow().await?.state)
     }
 
-    /// How many bytes it has brought in.
+    /// How many bytes the pod has received on it.
     pub(crate) async fn received(&self) -> Result<u64> {
         Ok(self.flow().await?.bytes_in)
     }
 
-    /// Waits until it has brought in more than that: what a client's task is to ask for, it has asked for.
-    pub(crate) async fn is_asked(&self, received: u64) -> Result<()> {
-        step("waiting for it to be asked");
-        let until = Instant::now() + PATIENCE;
+    /// Waits until the pod has received more than that, and so the request of a client's task.
+    pub(crate) async fn receives_more_than(&self, received: u64) -> Result<()> {
+        step("waiting for a request");
+        let until = Instant::now() + TIMEOUT;
         while self.received().await? == received {
-            ensure!(Instant::now() < until, "asked nothing");
+            ensure!(Instant::now() < until, "no request");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
     }
 
-    /// Demands that ebb does not call it anything but new or active, if that is not too long ago.
+    /// Demands that the connection is in the backlog or active, unless it has been quiet for `idle-after`.
     pub(crate) async fn is_active(&self) -> Result<()> {
         let flow = self.flow().await?;
         let new = matches!(flow.state, FlowState::Active | FlowState::Backlog);
@@ -232,16 +234,16 @@ impl Pod {
         Ok(())
     }
 
-    /// Waits until it is `state`. On the way it may be new or active, and nothing else.
+    /// Waits until the connection is `state`, and demands that it is in the backlog or active until then.
     pub(crate) async fn becomes(&self, state: FlowState) -> Result<()> {
-        self.comes_to(state, &[FlowState::Backlog, FlowState::Active])
+        self.becomes_after(state, &[FlowState::Backlog, FlowState::Active])
             .await
     }
 
-    /// Waits until it is `state`, and is only one of `before` on the way.
-    pub(crate) async fn comes_to(&self, state: FlowState, before: &[FlowState]) -> Result<()> {
+    /// Waits until the connection is `state`, and demands that it is one of `before` until then.
+    pub(crate) async fn becomes_after(&self, state: FlowState, before: &[FlowState]) -> Result<()> {
         step(format!("waiting for it to become {state}"));
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         loop {
             let flow = self.flow().await?;
             if flow.state == state {
@@ -255,19 +257,19 @@ impl Pod {
         }
     }
 
-    /// Demands that it is `state` whenever one looks, for so long.
+    /// Demands that the connection stays `state` for as long as `lasting`.
     pub(crate) async fn stays(&self, state: FlowState, lasting: Duration) -> Result<()> {
-        step(format!("waiting whether it stays {state}"));
+        step(format!("checking that it stays {state}"));
         let until = Instant::now() + lasting;
         while Instant::now() < until {
             let now = self.state().await?;
-            ensure!(now == state, "{now} after having been {state}");
+            ensure!(now == state, "{now}, was {state}");
             tokio::time::sleep(Duration::from_millis(25)).await;
         }
         Ok(())
     }
 
-    /// Begins a drain. Each is that of another pod to the driver: this one comes back to life after each.
+    /// Begins a drain. Each has another pod UID, so that the driver takes it for another pod's.
     pub(crate) async fn drain(&self, policy: Policy) -> Drain {
         let number = self.drains.fetch_add(1, Ordering::Relaxed);
         let pod = ebb::pods::Pod {
@@ -279,6 +281,8 @@ impl Pod {
             sandbox: SandboxId::new(self.name.clone()),
             scope: self.scope.clone(),
             ips: vec![ADDRESS.into()],
+            workload: None,
+            labels: std::collections::BTreeMap::new(),
             annotations: [].into(),
             containers: vec![],
         };
@@ -291,13 +295,13 @@ impl Pod {
         let pids = processes.lines().filter_map(|pid| pid.parse().ok());
         let pids: Vec<_> = pids.filter_map(Pid::from_raw).collect();
         for pid in &pids {
-            // It may have ended.
+            // The process may have ended.
             let _ = kill_process(*pid, signal);
         }
         Ok(pids.len())
     }
 
-    /// A duplicate of the descriptor that a process of its has of the connection to `peer`.
+    /// Duplicates the descriptor that one of its processes has of the connection to `peer`.
     pub(crate) fn socket(&self, peer: SocketAddr) -> Result<OwnedFd> {
         let processes = fs::read_to_string(self.cgroup.path().join("cgroup.procs"))?;
         for pid in processes.lines() {
@@ -314,10 +318,10 @@ impl Pod {
                 }
             }
         }
-        bail!("nobody has the connection to {peer}")
+        bail!("no process has the connection to {peer}")
     }
 
-    /// Closes idle flows, as a drain would.
+    /// Closes idle flows, like a drain.
     pub(crate) async fn close(&self, idle: Vec<Flow>) -> Result<Vec<SocketCookie>> {
         Ok(drains::shared()
             .0
@@ -329,7 +333,7 @@ impl Pod {
 impl Drop for Pod {
     fn drop(&mut self) {
         step("ending the servers");
-        // Workers, too, which nobody else would end.
+        // All processes of the cgroup, because servers leave their workers behind.
         for _ in 0..50 {
             if self.signal(Signal::KILL).is_ok_and(|n| n == 0) {
                 break;
@@ -337,23 +341,9 @@ impl Drop for Pod {
             sleep(Duration::from_millis(10));
         }
         for process in &mut self.processes {
-            // It may not have got into the cgroup.
+            // It may not have moved into the cgroup yet.
             let _ = process.kill();
             let _ = process.wait();
         }
     }
-}
-
-/// `ip`, in the calling thread's namespace.
-fn ip(arguments: &str) -> Result<()> {
-    let out = Command::new("ip")
-        .args(arguments.split(' '))
-        .output()
-        .context("starting ip")?;
-    ensure!(
-        out.status.success(),
-        "ip {arguments}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    Ok(())
 }

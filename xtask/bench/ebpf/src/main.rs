@@ -1,18 +1,15 @@
-//! What ebb's BPF programs are measured against, and what counts for the measurements.
+//! BPF programs that the bench compares ebb's with, and a counter.
 //!
-//! - [`empty`]: the least that a program at the same hook costs.
-//! - [`transition`]: what tcpstates of the BCC collection does: at each state change the time since the last one,
-//!   from a hash keyed by socket, and an event that wakes its reader.
-//! - [`changes`]: counts the state changes of one port's connections, and all.
+//! - [`empty`]: returns at once, so its cost is the least of any program at the same hook.
+//! - [`transition`]: after BCC's tcpstates. At each state change it looks up the time since the last one in a hash keyed
+//!   by socket, and sends an event that wakes the reader.
+//! - [`changes`]: counts state changes, those of one port's connections and all.
 
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", no_main)]
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
 #![cfg_attr(target_arch = "bpf", allow(internal_features))]
-#![allow(
-    unsafe_code,
-    reason = "BPF helpers and the names a loader looks for are unsafe by nature"
-)]
+#![allow(unsafe_code, reason = "BPF helpers and exported symbols need unsafe")]
 
 use aya_ebpf::{
     EbpfContext as _, Global,
@@ -22,29 +19,29 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 
-/// When a socket last changed its state.
+/// The time of each socket's last state change.
 #[btf_map]
 static SINCE: HashMap<u64, u64, 65536> = HashMap::new();
 
 #[btf_map]
-static EVENTS: RingBuf<Event, 1048576> = RingBuf::new();
+static EVENTS: RingBuf<StateChange, 1048576> = RingBuf::new();
 
-/// State changes: on [`PORT`], and all.
+/// Numbers of state changes: on [`PORT`], and in total.
 #[btf_map]
 static CHANGES: Array<u64, 2> = Array::new();
 
-/// The port whose connections are counted apart.
+/// The port whose connections are counted separately.
 #[unsafe(no_mangle)]
 static PORT: Global<u32> = Global::new(0);
 
-/// BPF_RB_FORCE_WAKEUP (include/uapi/linux/bpf.h): tcpstates' perf buffer wakes its reader for each event, too.
+/// BPF_RB_FORCE_WAKEUP (include/uapi/linux/bpf.h): tcpstates' perf buffer wakes its reader per event as well.
 const WAKE_UP: u64 = 2;
 const IPPROTO_TCP: u16 = 6;
 const TCP_CLOSE: i32 = 7;
 
-/// Layout shared with `src/peer.rs`: 80 bytes without padding.
+/// Layout shared with `src/tcpstates.rs`: 80 bytes without padding.
 #[repr(C)]
-pub struct Event {
+pub struct StateChange {
     at: u64,
     socket: u64,
     in_state: u64,
@@ -97,7 +94,7 @@ fn report(ctx: &TracePointContext) -> Result<(), i32> {
         Some(since) => unsafe { *since },
         None => at,
     };
-    let event = Event {
+    let event = StateChange {
         at,
         socket,
         in_state: at.wrapping_sub(since),

@@ -1,0 +1,634 @@
+//! The drain state machine: what happened and when in, what to do out. No I/O, no clock.
+//!
+//! ```text
+//!            silence, or settle_max        a snapshot agrees
+//!   Settle ───────────────────────► Drain ──────────────────► Released(drained)
+//!     │  until: settled → drained     │
+//!     │  nothing listens → drained    │
+//!     ├───────────────────────────────┴── deadline ─────────► Released(deadline)
+//!     ├── no dump possible ── settle_max ───────────────────► Released(untracked)
+//!     └── `ebb release`, the agent stops ───────────────────► Released(manual, shutdown)
+//! ```
+//!
+//! Events are for speed: they say when a snapshot is worth its cost. The machine releases a drain as drained only after
+//! a snapshot that shows no flow in the way, and only if no flow is known to have opened since that snapshot was begun.
+//! What ebb cannot see never counts as nothing.
+//!
+//! A snapshot is a dump, or a round of lookups of the few flows that matter: those believed open, and those whose end
+//! only an event has reported. Lookups build on a dump, and count only if no event since is outstanding or lost.
+
+mod closing;
+mod event;
+mod flows;
+mod idleness;
+mod lookups;
+mod notifying;
+mod observation;
+#[cfg(test)]
+mod properties;
+mod requests;
+mod schedule;
+mod settle;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::HashSet, time::Duration};
+
+pub use self::event::{Action, Deadline, Event, FlowEndpoints, Subject};
+use self::{
+    closing::Closing,
+    flows::{Announced, OpenFlows},
+    idleness::Idleness,
+    notifying::Notifying,
+    observation::Observation,
+    requests::Requests,
+    schedule::{Due, Schedule},
+    settle::Settle,
+    stats::DrainStats,
+};
+use crate::{
+    clock::{BootTime, millis},
+    drain_report::{DeadlineCause, DumpReason, LatePeer, Phase, ReleaseReason, ReleasedBy, Report},
+    flow::{Age, Direction, Flow, Snapshot},
+    ids::SocketCookie,
+    notification::Notified,
+    policy::{DrainMode, Policy, PortsInUse, Until},
+};
+
+/// As many flows as are looked up one by one at most, which is one request to the kernel; with more, a dump.
+const FEW: usize = 64;
+/// How long before the deadline the last dump is made, so that what is reported as cut is what is cut.
+const FINAL_DUMP: Duration = Duration::from_millis(200);
+/// How often a dump is made while flows hold and nothing happens: for the report, and because events also arrive of
+/// flows that only a dump shows to be exempt.
+const RESYNC: Duration = Duration::from_secs(5);
+/// One drain.
+#[derive(Debug)]
+pub struct Machine {
+    subject: Subject,
+    policy: Policy,
+    started: BootTime,
+    deadline: Deadline,
+    phase: Phase,
+    settle: Settle,
+    settled: Option<BootTime>,
+    idleness: Idleness,
+    /// The last moment at which a flow is known or suspected to have opened.
+    last_open: Option<BootTime>,
+    flows: OpenFlows,
+    requests: Requests,
+    untracked: Option<String>,
+    /// Why the pod may have connections that no snapshot shows.
+    hidden: Option<String>,
+    /// The policy's ports have been compared with those that the pod uses.
+    ports_known: bool,
+    /// The close event after which nothing was in the way any more.
+    emptied_by: Option<BootTime>,
+    released: Option<(ReleaseReason, BootTime)>,
+    /// The snapshot that released it.
+    released_by: Option<ReleasedBy>,
+    closing: Closing,
+    notifying: Notifying,
+    /// If ebb holds nothing, and only observes.
+    observation: Option<Observation>,
+    stats: DrainStats,
+    revision: u64,
+}
+
+impl Machine {
+    /// A drain that began at `started`, which is before `now` if an earlier hold of this pod is continued.
+    /// The first [`step`](Self::step) asks for a dump; nothing is assumed of the time between.
+    pub fn new(
+        subject: Subject,
+        policy: Policy,
+        started: BootTime,
+        deadline: Deadline,
+        now: BootTime,
+    ) -> Self {
+        let is_observed = policy.drain == DrainMode::Observe;
+        let policy = match is_observed {
+            true => policy.for_observation(),
+            false => policy,
+        };
+        // No event tells of dialled flows.
+        let dumps_only = !policy.outbound.is_ignore();
+        Self {
+            settle: Settle::new(&policy, started, now),
+            settled: None,
+            idleness: Idleness::new(&policy),
+            subject,
+            policy,
+            started,
+            deadline,
+            phase: Phase::Settle,
+            last_open: None,
+            flows: OpenFlows::default(),
+            requests: Requests::wanted(dumps_only),
+            untracked: None,
+            hidden: None,
+            ports_known: false,
+            emptied_by: None,
+            released: None,
+            released_by: None,
+            closing: Closing::default(),
+            notifying: Notifying::default(),
+            observation: is_observed.then(Observation::default),
+            stats: DrainStats::default(),
+            revision: 0,
+        }
+    }
+
+    /// Takes in what happened and says what to do now, if anything. Call it again no later than
+    /// [`next_wake`](Self::next_wake).
+    ///
+    /// Events must be given before a snapshot that was begun after them: what the kernel had reported by then
+    /// decides what a snapshot is worth.
+    pub fn step(&mut self, event: Event, now: BootTime) -> Option<Action> {
+        if self.released.is_some() {
+            return None;
+        }
+        let over_at = self.observation.as_ref().and_then(Observation::over_at);
+        if let Some(over_at) = over_at {
+            return self.linger(event, over_at, now);
+        }
+        let (mut agrees, mut has_read) = (None, false);
+        match event {
+            Event::FlowOpened {
+                cookie,
+                local,
+                remote,
+                at,
+            } => {
+                self.opened(
+                    cookie,
+                    Announced {
+                        local,
+                        remote,
+                        at: at.min(now),
+                    },
+                );
+            }
+            Event::FlowClosed { cookie, at } => self.closed(cookie, at.min(now)),
+            Event::Dumped(snapshot) => {
+                self.requests.dumped(now, Some(snapshot.taken_at));
+                // No flow holds, and none can arrive, unless the pod passes traffic on that ebb does not see.
+                let is_worker = snapshot.listens == Some(false)
+                    && snapshot.holding().next().is_none()
+                    && self.hidden.is_none();
+                agrees = self.take_in(snapshot, now).then_some(ReleasedBy::Dump);
+                has_read = true;
+                if is_worker && agrees.is_some() && self.phase == Phase::Settle {
+                    self.settle.nothing_listens();
+                }
+            }
+            Event::DumpFailed(why) => self.dump_failed(why, now),
+            Event::LookedUp(found) => {
+                has_read = true;
+                agrees = self.looked_up(found, now).then_some(ReleasedBy::Lookup);
+            }
+            Event::Arrivals(arrivals) => {
+                if self.phase == Phase::Settle {
+                    self.settle.learn(arrivals);
+                    self.revision += 1;
+                }
+            }
+            Event::Outdated => self.requests.outdated(now),
+            Event::Unclear(why) => self.requests.unclear(why, now),
+            Event::IdleClosed(closed) => {
+                self.stats.idle_closed += u32::try_from(closed.len()).unwrap_or(u32::MAX);
+                self.closing.ended(closed);
+                self.revision += 1;
+            }
+            Event::Stopping(is_stopping) => self.notifying.is_stopping = is_stopping,
+            Event::Notified(outcome) => {
+                self.notifying.ended(outcome);
+                self.revision += 1;
+            }
+            Event::Lost => {
+                // A flow may have opened, and a snapshot that was begun before now may have missed it.
+                self.settle.may_have_arrived(now);
+                self.last_open = Some(now);
+                self.requests.lost(now);
+            }
+            Event::Untracked(why) => self.lose_sight(why),
+            Event::Hidden(why) => self.hidden = Some(why),
+            Event::PortsInUse(used) => self.fit_ports(&used),
+            Event::Exited(exits) => {
+                if self.observation.is_some() {
+                    return Some(self.exited(&exits, now));
+                }
+            }
+            // The pod is removed once its containers have exited, which ends the drain.
+            Event::Limit(limit)
+                if self.observation.is_some() && limit.cause == DeadlineCause::Removed => {}
+            Event::Limit(limit) => {
+                if limit.at < self.deadline.at {
+                    self.deadline = limit;
+                    self.revision += 1;
+                }
+            }
+            Event::Release(reason) => return Some(self.release(reason, now)),
+            Event::Tick => {}
+        }
+        match self.decide(agrees, now) {
+            None if has_read => self.idle_to_close(now),
+            action => action,
+        }
+    }
+
+    /// The latest moment of the next [`step`](Self::step); `None` once released.
+    pub fn next_wake(&self) -> Option<BootTime> {
+        if self.released.is_some() {
+            return None;
+        }
+        let over_at = self.observation.as_ref().and_then(Observation::over_at);
+        if over_at.is_some() {
+            return over_at;
+        }
+        let phase_end = if self.untracked.is_some() {
+            Some(self.settle.limit())
+        } else if self.phase == Phase::Settle {
+            Some(self.settle.end())
+        } else {
+            None
+        };
+        let request = self.next_request().map(|due| due.at);
+        [Some(self.deadline.at), phase_end, request]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// The latest moment of release.
+    pub fn deadline(&self) -> Deadline {
+        self.deadline
+    }
+
+    /// When the drain began.
+    pub fn started(&self) -> BootTime {
+        self.started
+    }
+
+    /// Its policy.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// What the application has been told.
+    pub fn notified(&self) -> &Notified {
+        &self.notifying.notified
+    }
+
+    /// An earlier drain of the same end of the pod has told the application this. It is not told again.
+    pub fn set_notified(&mut self, notified: Notified) {
+        self.notifying.notified = notified;
+    }
+
+    /// A call with this trace has joined. The first call with a trace counts.
+    pub fn join_trace(&mut self, traceparent: Option<String>) {
+        let own = &mut self.subject.traceparent;
+        *own = own.take().or(traceparent);
+    }
+
+    /// Whether it still needs [`Event::PortsInUse`].
+    pub const fn wants_ports(&self) -> bool {
+        !self.ports_known
+    }
+
+    /// What is wrong with the pod's annotations.
+    pub fn warnings(&self) -> &[String] {
+        &self.subject.warnings
+    }
+
+    /// Why it was released, if it was.
+    pub fn released(&self) -> Option<ReleaseReason> {
+        self.released.map(|(reason, _)| reason)
+    }
+
+    /// Whether it waits for its flows: the settle phase is over, and the drain is not released.
+    pub fn is_in_drain_phase(&self) -> bool {
+        self.phase == Phase::Drain
+    }
+
+    /// Whether settle is over and flows still arrive: a client or balancer still sends connections to the pod.
+    pub fn still_arriving(&self) -> bool {
+        self.settle.still_arriving()
+    }
+
+    /// The peers that make it so: those who had not been quiet for `quiet` when settle was over, or came later.
+    pub fn still_connecting(&self) -> Vec<LatePeer> {
+        self.stats.late_peers(self.settle.late_since())
+    }
+
+    /// Another number whenever the report has changed in more than its `held_ms`.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// The report as of `now`, or of the release if that was earlier. `holds` is 0: the machine does not
+    /// know them.
+    pub fn report(&self, now: BootTime) -> Report {
+        let would_release = self.observation.as_ref().and_then(|o| o.would_release);
+        let end = self.released.or(would_release).map_or(now, |(_, at)| at);
+        // What events have told is known also without a snapshot; that there was nothing is not.
+        let has_read = self.stats.last_taken_at().is_some();
+        let known = |n: u32| (has_read || n > 0).then_some(n);
+        let (cut, cut_total) = match self.released {
+            // No stop follows, so nothing is cut.
+            None | Some((ReleaseReason::NotTerminating, _)) => (Vec::new(), 0),
+            Some((_, at)) => {
+                let ended = self.observation.iter().flat_map(Observation::cut);
+                self.stats.cut(&self.flows, ended, at)
+            }
+        };
+        let release_lag_us = self
+            .released
+            .filter(|(reason, _)| *reason == ReleaseReason::Drained)
+            .and_then(|(_, at)| Some(at.since(self.emptied_by?)))
+            .map(|lag| u64::try_from(lag.as_micros()).unwrap_or(u64::MAX));
+        Report {
+            pod: self.subject.pod.clone(),
+            workload: self.subject.workload.clone(),
+            started_at: self.subject.started_at.clone(),
+            observed: self.observation.is_some(),
+            traceparent: self.subject.traceparent.clone(),
+            phase: self.phase,
+            reason: self.released(),
+            detail: self.untracked.clone(),
+            until: self.policy.until,
+            held_ms: millis(end.since(self.started)),
+            deadline_ms: millis(self.deadline.at.since(self.started)),
+            deadline_cause: self.deadline.cause,
+            holds: 0,
+            flows_at_start: self.stats.flows_at_start,
+            flows_now: self.stats.flows_now,
+            changes: self.stats.changes.clone(),
+            arrived: known(self.stats.arrived),
+            ended: known(self.stats.ended),
+            idle_closed: self.stats.idle_closed,
+            cut,
+            cut_total: known(cut_total),
+            late_peers: self.stats.late_peers(BootTime::default()),
+            still_arriving: self.settle.still_arriving(),
+            settle: Some(self.settle.report()),
+            settled_ms: self.settled.map(|at| millis(at.since(self.started))),
+            release_lag_us,
+            released_by: self.released_by,
+            walks: self.requests.walks,
+            dumps: self.requests.reasons.clone(),
+            lookups: self.requests.lookups,
+            notified: self.notifying.notified.clone(),
+            warnings: self.subject.warnings.clone(),
+        }
+    }
+
+    fn opened(&mut self, cookie: SocketCookie, how: Announced) {
+        self.last_open = self.last_open.max(Some(how.at));
+        if self
+            .flows
+            .opened(cookie, how, self.idleness.new_blocks_until(how.at))
+        {
+            self.settle.arrival(how.at, self.phase == Phase::Drain);
+            self.stats.arrival(how.remote, how.at);
+            self.emptied_by = None;
+            self.revision += 1;
+        }
+    }
+
+    fn closed(&mut self, cookie: SocketCookie, at: BootTime) {
+        let was_blocked = self.flows.blocked();
+        self.observe_close(cookie, at);
+        if self.flows.closed(cookie, at) {
+            self.stats.end(1);
+            self.revision += 1;
+        }
+        if was_blocked && !self.flows.blocked() {
+            self.emptied_by = Some(at);
+        }
+        if self.flows.are_many_closed() {
+            self.requests.want(DumpReason::ManyFlows);
+        }
+    }
+
+    /// Takes in a snapshot, and says whether it shows that nothing is in the way.
+    fn take_in(&mut self, snapshot: Snapshot, now: BootTime) -> bool {
+        if self
+            .stats
+            .last_taken_at()
+            .is_some_and(|last| snapshot.taken_at < last)
+        {
+            return false;
+        }
+        let first = self.stats.last_taken_at().is_none();
+        self.late_arrivals(&snapshot);
+
+        let holding: Vec<_> = snapshot
+            .holding()
+            .map(|f| (f, self.idleness.blocks_until(f, snapshot.taken_at)))
+            .collect();
+        let exempt: HashSet<_> = snapshot
+            .flows
+            .iter()
+            .filter(|f| f.exempt.is_some())
+            .map(|f| f.cookie)
+            .collect();
+        let nothing_in_the_way = holding.iter().all(|(_, blocks)| blocks.is_none());
+        let changed = self.flows.reconcile(snapshot.taken_at, &holding, &exempt);
+        self.stats.end(changed.vanished);
+        if first {
+            // They are among the flows at the start, and their events came before the snapshot did.
+            self.stats.end(changed.just_closed);
+        }
+        if self.flows.blocked() {
+            self.emptied_by = None;
+        }
+
+        let nothing_since = self
+            .last_open
+            .is_none_or(|opened| opened < snapshot.taken_at);
+        self.stats
+            .record(snapshot, now.since(self.started), self.phase);
+        self.revision += 1;
+        nothing_in_the_way && nothing_since && changed.missed == 0
+    }
+
+    /// Counts the flows of a snapshot that opened during the drain and whose events are lost or late.
+    fn late_arrivals(&mut self, snapshot: &Snapshot) {
+        let unknown = snapshot.holding().any(|f| f.age.known().is_none());
+        let last = self.stats.last_snapshot().filter(|_| unknown);
+        let seen: Option<HashSet<_>> =
+            last.map(|last| last.flows.iter().map(|f| f.cookie).collect());
+        let is_new = |cookie| seen.as_ref().is_some_and(|seen| !seen.contains(&cookie));
+        // The pod itself dials outbound ones.
+        let inbound = |f: &&Flow| f.direction == Direction::Inbound;
+        for flow in snapshot.holding().filter(inbound) {
+            let at = match flow.age {
+                Age::Known(age) => snapshot.taken_at.before(age),
+                // Its stamp is lost: it was opened after the snapshot before this one.
+                Age::AtLeast(_) if is_new(flow.cookie) && !self.flows.contains(flow.cookie) => {
+                    snapshot.taken_at
+                }
+                Age::AtLeast(_) => continue,
+            };
+            let how = Announced {
+                local: flow.local,
+                remote: flow.remote,
+                at,
+            };
+            if at > self.started {
+                self.opened(flow.cookie, how);
+            }
+        }
+    }
+
+    /// Takes in what lookups have shown, and says whether it shows that nothing is in the way.
+    fn looked_up(&mut self, found: Snapshot, now: BootTime) -> bool {
+        self.requests.looked_up(now);
+        let cookies = lookups::cookies(&found);
+        let closing = self.flows.closing(&cookies);
+        let last = self.stats.last_snapshot();
+        let snapshot = last
+            .filter(|_| self.requests.base.is_some())
+            .and_then(|last| lookups::complete(found, &cookies, last, &self.flows));
+        let Some(snapshot) = snapshot else {
+            self.requests.unclear(DumpReason::Disagreement, now);
+            return false;
+        };
+        let agrees = self.take_in(snapshot, now);
+        self.flows.confirm_later(closing);
+        agrees
+    }
+
+    fn dump_failed(&mut self, why: String, now: BootTime) {
+        self.requests.dumped(now, None);
+        // What it was to find out is still to be found out.
+        self.requests.want(DumpReason::Retry);
+        // Flows that were seen, or announced, do not end because dumps fail: only the deadline ends their drain.
+        if self.requests.given_up() && !self.flows.blocked() {
+            self.lose_sight(why);
+        }
+    }
+
+    fn fit_ports(&mut self, used: &PortsInUse) {
+        if std::mem::replace(&mut self.ports_known, true) {
+            return;
+        }
+        if let Some(warning) = self.policy.fit_ports(used) {
+            self.subject.warnings.push(warning);
+            self.revision += 1;
+        }
+    }
+
+    /// Nothing is in the way. If the pod may have connections that no snapshot shows, that is not "drained".
+    fn release_drained(&mut self, now: BootTime) -> Option<Action> {
+        match self.hidden.clone() {
+            Some(why) => {
+                self.lose_sight(why);
+                self.decide(None, now)
+            }
+            None => self.end(ReleaseReason::Drained, now),
+        }
+    }
+
+    fn lose_sight(&mut self, why: String) {
+        if self.untracked.is_none() {
+            self.untracked = Some(why);
+            self.revision += 1;
+        }
+    }
+
+    fn decide(&mut self, agrees: Option<ReleasedBy>, now: BootTime) -> Option<Action> {
+        if now >= self.deadline.at {
+            return self.end(ReleaseReason::Deadline, now);
+        }
+        if self.untracked.is_some() {
+            return match now >= self.settle.limit() {
+                true => self.end(ReleaseReason::Untracked, now),
+                false => None,
+            };
+        }
+        if self.phase == Phase::Settle && now >= self.settle.end() {
+            self.settle.finish();
+            self.settled = Some(now);
+            if self.policy.until == Until::Settled {
+                return self.release_drained(now);
+            }
+            // The picture of this phase comes with its first snapshot.
+            self.phase = Phase::Drain;
+            self.revision += 1;
+            self.emptied_by = None;
+            self.requests.want(DumpReason::SettleOver);
+        }
+        if let Some(notification) = self.notifying.next(&self.policy, self.phase) {
+            self.revision += 1;
+            return Some(Action::Notify(notification));
+        }
+        if self.phase == Phase::Drain && agrees.is_some() && !self.notifying.is_under_way() {
+            self.released_by = agrees.filter(|_| self.hidden.is_none());
+            return self.release_drained(now);
+        }
+        self.next_request()
+            .filter(|due| due.at <= now)
+            .map(|due| self.request(due.dump, now))
+    }
+
+    fn request(&mut self, dump: Option<DumpReason>, now: BootTime) -> Action {
+        self.requests.outstanding = true;
+        self.requests.wanted = None;
+        if dump.is_none()
+            && let Some(flows) = self.flows.to_look_up(FEW)
+        {
+            return Action::LookUp(flows);
+        }
+        let why = dump.unwrap_or(DumpReason::ManyFlows);
+        *self.requests.reasons.entry(why).or_default() += 1;
+        self.requests.final_asked |= now >= self.final_dump();
+        Action::Dump
+    }
+
+    fn release(&mut self, reason: ReleaseReason, now: BootTime) -> Action {
+        self.released = Some((reason, now));
+        self.phase = Phase::Released;
+        self.stats.end_of(&self.flows, now.since(self.started));
+        self.revision += 1;
+        Action::Release(reason)
+    }
+
+    /// The next dump or lookup; `None` if none is of use.
+    fn next_request(&self) -> Option<Due> {
+        // No snapshot ends the drain while the application is being told.
+        let is_paused = self.phase == Phase::Drain && self.notifying.is_under_way();
+        if self.untracked.is_some() || is_paused {
+            return None;
+        }
+        let schedule = Schedule {
+            phase: self.phase,
+            started: self.started,
+            final_dump: self.final_dump(),
+            requests: &self.requests,
+            flows: &self.flows,
+            closing: self.idleness.closes().then_some(&self.closing),
+        };
+        schedule.next()
+    }
+
+    /// The idle flows to close now, one round at a time. Not before the settle phase is over: their clients do not know
+    /// better yet and would reconnect to this pod.
+    fn idle_to_close(&mut self, now: BootTime) -> Option<Action> {
+        if self.phase != Phase::Drain || !self.idleness.closes() {
+            return None;
+        }
+        let idle = self.closing.round(self.stats.last_snapshot()?, now);
+        (!idle.is_empty()).then_some(Action::CloseIdle(idle))
+    }
+
+    fn final_dump(&self) -> BootTime {
+        let before = self
+            .deadline
+            .at
+            .since(self.started)
+            .saturating_sub(FINAL_DUMP);
+        self.started + before
+    }
+}

@@ -1,0 +1,143 @@
+//! The machine's input, [`Event`], and its output, [`Action`].
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    arrivals::Arrivals,
+    clock::BootTime,
+    drain_report::{DumpReason, ReleaseReason},
+    flow::{Flow, Snapshot},
+    ids::{PodName, SocketCookie},
+    notification::{Notification, NotificationOutcome},
+    policy::{HoldLimit, PortsInUse},
+    release::DeadlineCause,
+};
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A flow that may hold was opened.
+    FlowOpened {
+        /// Its socket.
+        cookie: SocketCookie,
+        /// The pod's end.
+        local: SocketAddr,
+        /// The peer.
+        remote: SocketAddr,
+        /// The kernel's stamp.
+        at: BootTime,
+    },
+    /// A flow ended.
+    FlowClosed {
+        /// Its socket.
+        cookie: SocketCookie,
+        /// The kernel's stamp.
+        at: BootTime,
+    },
+    /// The dump that was requested.
+    Dumped(Snapshot),
+    /// The dump that was requested failed; the text says why.
+    DumpFailed(String),
+    /// How often clients connected before the drain.
+    Arrivals(Arrivals),
+    /// The lookups that were requested: those of the flows that are still there. No event that the kernel had
+    /// counted when it was asked is outstanding.
+    LookedUp(Snapshot),
+    /// The lookups that were requested prove nothing, because events were outstanding; those have arrived.
+    Outdated,
+    /// The lookups that were requested decide nothing; only a dump can.
+    Unclear(DumpReason),
+    /// Those of the flows that were to be closed have been told to close; the others had moved.
+    IdleClosed(Vec<SocketCookie>),
+    /// Whether the pod is known to end and its stop is held: then its application may be told.
+    Stopping(bool),
+    /// The notification that was to be sent was sent, or failed.
+    Notified(NotificationOutcome),
+    /// Events were lost.
+    Lost,
+    /// The pod's flows can't be seen (any more); the text says why.
+    Untracked(String),
+    /// The pod may have connections without sockets of its own; the text says why. Comes before the snapshot.
+    Hidden(String),
+    /// The ports that the pod uses. Comes before the first snapshot.
+    PortsInUse(PortsInUse),
+    /// The pod's containers have exited, at these moments. Only an observed drain ends by it.
+    Exited(Vec<BootTime>),
+    /// The drain may last until this moment only. A later one than before changes nothing.
+    Limit(Deadline),
+    /// The drain ends now: an operator or the agent's stop ends it, or the pod does not terminate.
+    Release(ReleaseReason),
+    /// Time has passed.
+    Tick,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Dump the pod's flows, and answer with [`Event::Dumped`] or [`Event::DumpFailed`]. There is
+    /// never more than one such request open.
+    Dump,
+    /// Look up these flows alone, and answer with [`Event::LookedUp`], [`Event::Outdated`] or
+    /// [`Event::Unclear`]. The machine never has two requests open.
+    LookUp(Vec<FlowEndpoints>),
+    /// Close these idle flows, those that have not moved since, and answer with [`Event::IdleClosed`].
+    CloseIdle(Vec<Flow>),
+    /// Tell the application this, and answer with [`Event::Notified`] soon. Each notification comes once.
+    Notify(Notification),
+    /// Release all holds. Comes once; the report is final.
+    Release(ReleaseReason),
+}
+
+/// The latest moment of release, and what it comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deadline {
+    /// The moment.
+    #[serde(rename = "deadline")]
+    pub at: BootTime,
+    /// What it comes from.
+    #[serde(default, rename = "deadline_cause")]
+    pub cause: DeadlineCause,
+}
+
+impl Deadline {
+    /// A hold that begins at `start` and has this limit.
+    pub fn of(start: BootTime, limit: HoldLimit) -> Self {
+        Self {
+            at: start + limit.after,
+            cause: limit.cause,
+        }
+    }
+
+    /// The earlier of two.
+    pub fn min(self, other: Self) -> Self {
+        if other.at < self.at { other } else { self }
+    }
+}
+
+/// What names a flow to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FlowEndpoints {
+    /// Its socket.
+    pub cookie: SocketCookie,
+    /// The pod's end.
+    pub local: SocketAddr,
+    /// The peer.
+    pub remote: SocketAddr,
+}
+
+/// What a drain is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// The pod.
+    pub pod: PodName,
+    /// The controller that created it, if any.
+    pub workload: Option<String>,
+    /// When the drain began, for people (RFC 3339, UTC).
+    pub started_at: String,
+    /// What was wrong with the pod's annotations.
+    pub warnings: Vec<String>,
+    /// The trace of the call that began the drain (`traceparent` of W3C Trace Context), if it had one.
+    pub traceparent: Option<String>,
+}

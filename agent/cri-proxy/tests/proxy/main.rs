@@ -1,0 +1,14 @@
+//! Tests of the CRI proxy at the protocol level, with a scripted runtime and a scripted agent.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod crowd;
+mod forwarding;
+mod hold;
+mod logging;
+mod memory;
+mod metrics;
+mod runtime_changes;
+mod stopping;
+mod successor;
+mod support;

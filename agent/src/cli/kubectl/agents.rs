@@ -1,0 +1,126 @@
+//! The agents of a cluster, found through its API server.
+
+use anyhow::{Context as _, Result, bail};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, Client, Config,
+    api::ListParams,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+
+use super::ClusterFlags;
+
+/// The label of the agents' pods (deploy/daemonset.yaml).
+const AGENTS: &str = "app.kubernetes.io/name=ebb";
+
+/// The agents that a command may ask, by node.
+pub(super) struct Agents {
+    client: Client,
+    agents: Vec<RemoteAgent>,
+}
+
+/// The agent of one node.
+pub(super) struct RemoteAgent {
+    /// The node's name.
+    pub(super) node: String,
+    /// The agent's pod.
+    pub(super) pod: String,
+    /// The pods of its namespace.
+    pub(super) api: Api<Pod>,
+}
+
+impl Agents {
+    pub(super) async fn find(flags: &ClusterFlags) -> Result<Self> {
+        let client = connect(flags).await?;
+        let namespace = &flags.agent_namespace;
+        let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+        let pods = api.list(&ListParams::default().labels(AGENTS)).await;
+        let pods = pods.with_context(|| format!("listing the agents' pods in {namespace}"))?;
+        let mut agents: Vec<_> = pods
+            .into_iter()
+            .filter(runs)
+            .filter_map(|pod| {
+                Some(RemoteAgent {
+                    node: pod.spec?.node_name?,
+                    pod: pod.metadata.name?,
+                    api: api.clone(),
+                })
+            })
+            .filter(|agent| flags.node.as_ref().is_none_or(|node| agent.node == *node))
+            .collect();
+        agents.sort_by(|a, b| a.node.cmp(&b.node));
+        if agents.is_empty() {
+            match &flags.node {
+                Some(node) => bail!("no agent of ebb runs on node {node}"),
+                None => bail!(
+                    "no agent of ebb runs in namespace {namespace}: name its namespace with --agent-namespace, or \
+                     install ebb"
+                ),
+            }
+        }
+        Ok(Self { client, agents })
+    }
+
+    pub(super) fn all(&self) -> &[RemoteAgent] {
+        &self.agents
+    }
+
+    /// The agent, if there is only one.
+    pub(super) fn only(&self) -> Result<&RemoteAgent> {
+        match &self.agents[..] {
+            [agent] => Ok(agent),
+            agents => {
+                let nodes: Vec<_> = agents.iter().map(|agent| agent.node.as_str()).collect();
+                bail!("choose a node with --node: {}", nodes.join(", "))
+            }
+        }
+    }
+
+    /// The agent of the node of this pod: its whole name, or `NAMESPACE/NAME`. `None` if the API server knows no such
+    /// pod.
+    pub(super) async fn of_pod(&self, pod: &str) -> Result<Option<&RemoteAgent>> {
+        let (pods, name): (Api<Pod>, _) = match pod.split_once('/') {
+            Some((namespace, name)) => (Api::namespaced(self.client.clone(), namespace), name),
+            None => (Api::all(self.client.clone()), pod),
+        };
+        let named = ListParams::default().fields(&format!("metadata.name={name}"));
+        let found = pods.list(&named).await;
+        let found = found.with_context(|| format!("asking the API server for pod {pod}"))?;
+        let node = match &found.items[..] {
+            [] => return Ok(None),
+            [only] => only.spec.as_ref().and_then(|spec| spec.node_name.as_ref()),
+            many => {
+                let namespaces = many.iter().filter_map(|p| p.metadata.namespace.as_deref());
+                let names: Vec<_> = namespaces.map(|ns| format!("  {ns}/{name}")).collect();
+                bail!("more than one pod is called {name}:\n{}", names.join("\n"))
+            }
+        };
+        let node = node.with_context(|| format!("pod {pod} is not on a node yet"))?;
+        let agent = self.agents.iter().find(|agent| agent.node == *node);
+        let agent =
+            agent.with_context(|| format!("no agent of ebb runs on {node}, the node of {pod}"))?;
+        Ok(Some(agent))
+    }
+}
+
+fn runs(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    phase == Some("Running") && pod.metadata.deletion_timestamp.is_none()
+}
+
+async fn connect(flags: &ClusterFlags) -> Result<Client> {
+    let options = KubeConfigOptions {
+        context: flags.context.clone(),
+        ..KubeConfigOptions::default()
+    };
+    let config = match &flags.kubeconfig {
+        None => Config::from_kubeconfig(&options).await,
+        Some(path) => {
+            let file = Kubeconfig::read_from(path)
+                .with_context(|| format!("can't use the kubeconfig {}", path.display()))?;
+            Config::from_custom_kubeconfig(file, &options).await
+        }
+    };
+    let config = config.context("can't use the kubeconfig; name another one with --kubeconfig")?;
+    Ok(Client::try_from(config)?)
+}

@@ -1,0 +1,209 @@
+//! The formats of `-o`, and where each part of the output goes: documents to standard output, notes to standard error.
+
+use std::io::{self, Write as _};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+use ebb_protocol::{
+    table::{RenderedTable, TableStyle},
+    views::{Diagnosis, DrainList, Explanation, PodList, Released},
+};
+use serde::Serialize;
+
+use super::ConnectFlags;
+use crate::host::doctor;
+
+/// Flags of the verbs that print a document.
+#[derive(Args)]
+pub(super) struct ViewFlags {
+    #[command(flatten)]
+    pub(super) agent: ConnectFlags,
+    /// The format of the output.
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(super) output: OutputFormat,
+}
+
+/// Flags of the verbs that print a table.
+#[derive(Args)]
+pub(super) struct TableFlags {
+    #[command(flatten)]
+    pub(super) view: ViewFlags,
+    /// Leave out the line with the names of the columns.
+    #[arg(long)]
+    pub(super) no_headers: bool,
+    /// List only pods of this namespace.
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub(super) namespace: Option<String>,
+    /// List pods of all namespaces, which is the default.
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    all_namespaces: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum OutputFormat {
+    /// Aligned columns, for people.
+    #[default]
+    Table,
+    /// The same with more columns.
+    Wide,
+    /// One JSON document, for programs (schema ebb.dev/v1).
+    Json,
+    /// The same document as YAML.
+    Yaml,
+    /// Each element of the list as JSON on a line of its own.
+    Jsonl,
+    /// Only NAMESPACE/NAME of each pod, one a line.
+    Name,
+}
+
+/// What a verb prints.
+pub(super) trait Document: Serialize {
+    /// Its elements as JSON, one a line; the document itself if it is no list.
+    fn lines(&self) -> serde_json::Result<Vec<String>> {
+        Ok(vec![serde_json::to_string(self)?])
+    }
+
+    /// The pods that it is about, as `namespace/name`.
+    fn names(&self) -> Vec<String>;
+
+    /// The text for people.
+    fn text(&self, style: TableStyle) -> RenderedTable;
+}
+
+impl OutputFormat {
+    /// Prints `document` in this format.
+    pub(super) fn print(self, document: &impl Document, no_headers: bool) -> Result<()> {
+        let style = TableStyle {
+            wide: self == Self::Wide,
+            no_headers,
+        };
+        match self {
+            Self::Table | Self::Wide => print_table(&document.text(style)),
+            Self::Json => print(&(serde_json::to_string_pretty(document)? + "\n")),
+            Self::Yaml => {
+                let text = serde_saphyr::to_string(document);
+                print(&text.context("can't write the answer as YAML")?)
+            }
+            Self::Jsonl => print(&lines(&document.lines()?)),
+            Self::Name => print(&lines(&document.names())),
+        }
+    }
+}
+
+impl ViewFlags {
+    /// Prints `document` in the chosen format.
+    pub(super) fn print(&self, document: &impl Document) -> Result<()> {
+        self.output.print(document, false)
+    }
+}
+
+impl TableFlags {
+    /// Prints `document` in the chosen format.
+    pub(super) fn print(&self, document: &impl Document) -> Result<()> {
+        self.view.output.print(document, self.no_headers)
+    }
+}
+
+fn lines(lines: &[String]) -> String {
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// Prints a table to standard output, and its notes to standard error, so that a program reads rows only.
+pub(super) fn print_table(rendered: &RenderedTable) -> Result<()> {
+    print(&rendered.table)?;
+    // Without a reader of standard error the notes are of no use.
+    let _ = io::stderr().write_all(lines(&rendered.notes).as_bytes());
+    Ok(())
+}
+
+/// Writes to standard output.
+pub(super) fn print(text: &str) -> Result<()> {
+    write_out(text).map(drop)
+}
+
+/// Writes to standard output. False if the reader (`head`, a pager) has closed the pipe.
+pub(super) fn write_out(text: &str) -> Result<bool> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        written => Ok(written.map(|()| true)?),
+    }
+}
+
+pub(super) fn each<T: Serialize>(items: &[T]) -> serde_json::Result<Vec<String>> {
+    items.iter().map(serde_json::to_string).collect()
+}
+
+/// A text without notes.
+pub(super) fn plain(text: String) -> RenderedTable {
+    RenderedTable {
+        table: text,
+        ..RenderedTable::default()
+    }
+}
+
+impl Document for PodList {
+    fn lines(&self) -> serde_json::Result<Vec<String>> {
+        each(&self.pods)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.pods.iter().map(|p| p.pod.to_string()).collect()
+    }
+
+    fn text(&self, style: TableStyle) -> RenderedTable {
+        ebb_protocol::table::pods(self, style)
+    }
+}
+
+impl Document for DrainList {
+    fn lines(&self) -> serde_json::Result<Vec<String>> {
+        each(&self.drains)
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.drains.iter().map(|r| r.pod.to_string()).collect();
+        // A pod may have several drains.
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    fn text(&self, style: TableStyle) -> RenderedTable {
+        ebb_protocol::table::drains(self, style)
+    }
+}
+
+impl Document for Explanation {
+    fn names(&self) -> Vec<String> {
+        vec![self.pod.to_string()]
+    }
+
+    fn text(&self, _: TableStyle) -> RenderedTable {
+        plain(super::explain::text(self))
+    }
+}
+
+impl Document for Diagnosis {
+    fn lines(&self) -> serde_json::Result<Vec<String>> {
+        each(&self.checks)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.pod.iter().cloned().collect()
+    }
+
+    fn text(&self, _: TableStyle) -> RenderedTable {
+        plain(doctor::text(self))
+    }
+}
+
+impl Document for Released {
+    fn names(&self) -> Vec<String> {
+        vec![self.report.pod.to_string()]
+    }
+
+    fn text(&self, _: TableStyle) -> RenderedTable {
+        plain(super::release::text(&self.report))
+    }
+}

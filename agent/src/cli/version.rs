@@ -1,0 +1,56 @@
+//! `ebb version`.
+
+use anyhow::Result;
+use ebb_core::format::one_line;
+use ebb_protocol::{
+    table::{RenderedTable, TableStyle},
+    views::{ProxyVersion, SCHEMA, VersionView, Versions},
+};
+
+use super::output::{Document, ViewFlags, plain};
+use crate::host::{doctor::host_root, proxy};
+
+pub(super) async fn run(flags: &ViewFlags) -> Result<()> {
+    let agent: Result<VersionView, _> = flags.agent.client().get_json("/v1/version").await;
+    let (agent, agent_error) = match agent {
+        Ok(view) => (Some(view.version), None),
+        Err(e) => (None, Some(one_line(&e))),
+    };
+    flags.print(&Versions {
+        schema: SCHEMA.into(),
+        ebb: env!("CARGO_PKG_VERSION").into(),
+        agent,
+        agent_error,
+        proxies: proxy::running(&host_root()),
+    })
+}
+
+fn text(v: &Versions) -> String {
+    let mut lines = vec![format!("ebb            {}", v.ebb)];
+    let agent = v.agent.clone().or_else(|| v.agent_error.clone());
+    lines.push(format!("agent          {}", agent.unwrap_or_default()));
+    if v.proxies.is_empty() {
+        lines.push("ebb-cri-proxy  not running, or not visible from here".into());
+    }
+    for ProxyVersion {
+        pid,
+        version,
+        error,
+    } in &v.proxies
+    {
+        let version = version.clone().or_else(|| error.clone());
+        let version = version.unwrap_or_default();
+        lines.push(format!("ebb-cri-proxy  {version} (process {pid})"));
+    }
+    lines.join("\n") + "\n"
+}
+
+impl Document for Versions {
+    fn names(&self) -> Vec<String> {
+        vec![]
+    }
+
+    fn text(&self, _: TableStyle) -> RenderedTable {
+        plain(text(self))
+    }
+}

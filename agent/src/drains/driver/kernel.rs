@@ -1,0 +1,199 @@
+//! What the driver asks of the kernel.
+
+use std::{collections::HashSet, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use ebb_core::{
+    arrivals::Arrivals,
+    drain_report::DumpReason,
+    flow::{Flow, Snapshot},
+    ids::{SocketCookie, WatchId},
+    machine::FlowEndpoints,
+    policy::{Policy, PortsInUse},
+    scope::Scope,
+};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::{
+    kernel::{FlowLookUp, LookUpFailure, SocketDump, Tracker},
+    pods::Pod,
+};
+
+/// A dump that takes longer has failed.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The kernel can't be asked; the text says what was tried and why it failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct DumpError(pub String);
+
+/// What the driver needs of the kernel.
+pub trait Kernel: Send + Sync + 'static {
+    /// All TCP sockets of the pod.
+    fn dump(&self, scope: &Scope) -> impl Future<Output = Result<SocketDump, DumpError>> + Send;
+    /// Closes those of these idle flows of the pod that have not moved since the snapshot that showed them, and
+    /// returns which. No more of them once the drain is `over`.
+    fn close_idle(
+        &self,
+        scope: &Scope,
+        idle: Vec<Flow>,
+        over: CancellationToken,
+    ) -> impl Future<Output = Result<Vec<SocketCookie>, DumpError>> + Send;
+    /// Those sockets of the watched pod that exist between these addresses, and how many events of the watch had been
+    /// sent before.
+    fn look_up(
+        &self,
+        scope: &Scope,
+        flows: Vec<(SocketAddr, SocketAddr)>,
+    ) -> impl Future<Output = Result<FlowLookUp, LookUpFailure>> + Send;
+    /// From now on, events of this scope are sent and counted, as those of this watch.
+    fn watch(&self, scope: &Scope) -> Result<WatchId, DumpError>;
+    /// How often clients connect to the pod, if that is known.
+    fn arrivals(&self, scope: &Scope) -> impl Future<Output = Option<Arrivals>> + Send;
+    /// No more events of this scope are needed.
+    fn unwatch(&self, scope: &Scope);
+}
+
+impl Kernel for Tracker {
+    async fn dump(&self, scope: &Scope) -> Result<SocketDump, DumpError> {
+        Self::dump(self, scope).await.map_err(dump_error)
+    }
+
+    async fn close_idle(
+        &self,
+        scope: &Scope,
+        idle: Vec<Flow>,
+        over: CancellationToken,
+    ) -> Result<Vec<SocketCookie>, DumpError> {
+        Self::close_idle(self, scope, idle, over)
+            .await
+            .map_err(dump_error)
+    }
+
+    async fn look_up(
+        &self,
+        scope: &Scope,
+        flows: Vec<(SocketAddr, SocketAddr)>,
+    ) -> Result<FlowLookUp, LookUpFailure> {
+        Self::look_up(self, scope, flows).await
+    }
+
+    fn watch(&self, scope: &Scope) -> Result<WatchId, DumpError> {
+        Self::watch(self, scope).map_err(dump_error)
+    }
+
+    async fn arrivals(&self, scope: &Scope) -> Option<Arrivals> {
+        let arrivals = Self::arrivals(self, scope).await;
+        arrivals.unwrap_or_else(|e| {
+            debug!("can't read how often clients connect to the pod: {e}");
+            None
+        })
+    }
+
+    fn unwatch(&self, scope: &Scope) {
+        Self::unwatch(self, scope);
+    }
+}
+
+fn dump_error(e: io::Error) -> DumpError {
+    DumpError(e.to_string())
+}
+
+/// What lookups have shown.
+pub(super) struct LookedUp {
+    /// How many events had been sent before.
+    pub(super) sent: u64,
+    /// How many state changes the kernel had left out after them.
+    pub(super) missed_changes: u64,
+    /// The flows that are still there.
+    pub(super) flows: Snapshot,
+}
+
+/// Begins lookups of these flows, as the pod's policy sees them; the error says why a dump is needed.
+pub(super) fn look_up<K: Kernel>(
+    kernel: Arc<K>,
+    pod: &Arc<Pod>,
+    policy: &Policy,
+    flows: Vec<FlowEndpoints>,
+) -> impl Future<Output = Result<LookedUp, DumpReason>> + Send + use<K> {
+    let (pod, policy) = (pod.clone(), policy.clone());
+    // In a task of its own, so that a panic is a failed look and not a look without end.
+    let look = tokio::spawn(async move {
+        let ends = flows.iter().map(|f| (f.local, f.remote)).collect();
+        let found = timeout(LOOK_TIMEOUT, kernel.look_up(&pod.scope, ends)).await;
+        let mut found = match found {
+            Ok(Ok(found)) => found,
+            Ok(Err(LookUpFailure::FastOpen)) => return Err(DumpReason::FastOpen),
+            Ok(Err(_)) | Err(_) => return Err(DumpReason::LookupFailed),
+        };
+        // Addresses are used again: another socket means that this one is gone.
+        let wanted: HashSet<_> = flows.iter().map(|f| f.cookie).collect();
+        found.samples.retain(|s| wanted.contains(&s.cookie));
+        let flows = Snapshot::new(
+            found.taken_at,
+            &found.samples,
+            policy.classify_options(),
+            |_| true,
+            |ip| pod.is_own_ip(ip),
+        );
+        Ok(LookedUp {
+            sent: found.sent,
+            missed_changes: found.missed_changes,
+            flows,
+        })
+    });
+    async move { look.await.unwrap_or(Err(DumpReason::LookupFailed)) }
+}
+
+/// What a dump has shown.
+pub(super) struct Dumped {
+    /// How many state changes the kernel had left out before.
+    pub(super) missed_changes: u64,
+    /// The pod's flows.
+    pub(super) flows: Snapshot,
+    /// The ports that the pod uses, if they were asked for.
+    pub(super) ports: Option<PortsInUse>,
+    /// Why the pod may have connections that no dump shows.
+    pub(super) forwards: Option<String>,
+}
+
+/// Begins a dump of the pod's flows, as its policy sees them; the text says why it failed. `wants_ports`: the policy
+/// is not yet fitted to the ports that the pod uses.
+pub(super) fn dump<K: Kernel>(
+    kernel: Arc<K>,
+    pod: &Arc<Pod>,
+    policy: &Policy,
+    wants_ports: bool,
+) -> impl Future<Output = Result<Dumped, String>> + Send + use<K> {
+    let (pod, mut policy) = (pod.clone(), policy.clone());
+    // In a task of its own, so that a panic is a failed look and not a look without end.
+    let dump = tokio::spawn(async move {
+        match timeout(LOOK_TIMEOUT, kernel.dump(&pod.scope)).await {
+            Ok(Ok(dump)) => {
+                let ports = wants_ports.then(|| PortsInUse::of(&dump.samples));
+                // The machine does the same, and reports what is wrong.
+                ports.iter().for_each(|used| drop(policy.fit_ports(used)));
+                Ok(Dumped {
+                    missed_changes: dump.missed_changes,
+                    flows: Snapshot::new(
+                        dump.taken_at,
+                        &dump.samples,
+                        policy.classify_options(),
+                        |port| policy.holds_port(port),
+                        |ip| pod.is_own_ip(ip),
+                    )
+                    .with_listeners(&dump.samples),
+                    ports,
+                    forwards: dump.forwards,
+                })
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer from the kernel within {LOOK_TIMEOUT:?}")),
+        }
+    });
+    async move {
+        dump.await
+            .unwrap_or_else(|e| Err(format!("the dump came to no end: {e}")))
+    }
+}

@@ -1,0 +1,97 @@
+//! Lookups, and the events that they have to wait for.
+//!
+//! Lookups count only if the driver had received as many events as the kernel had sent when it was asked: then none was
+//! outstanding or lost. And only if the kernel has left out no state change since the last dump began. If events are
+//! outstanding, the driver waits for them and asks the kernel again.
+
+use std::time::Duration;
+
+use ebb_core::{drain_report::DumpReason, machine::Event};
+
+use super::{
+    Answer, DrainId, Drains, Kernel, Outcome,
+    kernel::{LookedUp, look_up},
+};
+
+/// Events arrive within some ten microseconds. What is missing for longer than this is lost, or the agent gets
+/// no time; in both cases a dump is made.
+const OVERDUE: Duration = Duration::from_millis(2);
+
+/// What the kernel answered.
+pub(super) struct Lookups {
+    /// How many events had been received before it was asked.
+    received: u64,
+    found: Result<LookedUp, DumpReason>,
+}
+
+impl<K: Kernel> Drains<K> {
+    /// Makes the lookups that machines want.
+    pub(super) fn look_up(&mut self) {
+        for (drain, flows) in std::mem::take(&mut self.to_look_up) {
+            let Some(active) = self.active.get(drain) else {
+                continue;
+            };
+            let received = active.received;
+            let answers = self.answers_in.clone();
+            let found = look_up(
+                self.kernel.clone(),
+                &active.pod,
+                active.machine.policy(),
+                flows,
+            );
+            tokio::spawn(async move {
+                let found = found.await;
+                let outcome = Outcome::Lookups(Lookups { received, found });
+                let _ = answers.send(Answer { drain, outcome });
+            });
+        }
+    }
+
+    /// Lookups came back.
+    pub(super) fn looked_up(&mut self, drain: DrainId, lookups: Lookups) {
+        let Some(active) = self.active.get_mut(drain) else {
+            return;
+        };
+        match lookups.found {
+            Err(why) => self.step(drain, Event::Unclear(why)),
+            Ok(found) if active.missed_changes != Some(found.missed_changes) => {
+                self.step(drain, Event::Unclear(DumpReason::ChangesMissed));
+            }
+            Ok(found) if found.sent == lookups.received => {
+                self.step(drain, Event::LookedUp(found.flows));
+            }
+            Ok(found) if found.sent <= active.received => {
+                self.step(drain, Event::Outdated);
+            }
+            Ok(found) => {
+                active.owed = Some(found.sent);
+                let answers = self.answers_in.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(OVERDUE).await;
+                    let outcome = Outcome::Overdue(found.sent);
+                    let _ = answers.send(Answer { drain, outcome });
+                });
+            }
+        }
+    }
+
+    /// An event has come: if it was the last that lookups waited for, the driver makes them again.
+    pub(super) fn no_longer_owed(&mut self, drain: DrainId) {
+        if let Some(active) = self.active.get_mut(drain)
+            && active.owed.is_some_and(|owed| active.received >= owed)
+        {
+            active.owed = None;
+            self.step(drain, Event::Outdated);
+        }
+    }
+
+    /// The events that lookups waited for have had their time.
+    pub(super) fn overdue(&mut self, drain: DrainId, owed: u64) {
+        if let Some(active) = self.active.get_mut(drain)
+            && active.owed == Some(owed)
+        {
+            active.owed = None;
+            self.step(drain, Event::Unclear(DumpReason::EventsLate));
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What the rest of the agent sees of the drains.
+
+use std::sync::Arc;
+
+use ebb_core::{clock::BootTime, drain_report::Report};
+use tokio::time::Instant;
+
+use super::{Changed, Drains, DrainsView, Kernel, VIEW_PACE};
+
+impl<K: Kernel> Drains<K> {
+    /// Publishes a view if there is something new in it, and it is time.
+    pub(super) fn publish_if_due(&mut self) {
+        match self.changed {
+            Changed::Nothing => {}
+            Changed::Flows if self.published.elapsed() < VIEW_PACE => {}
+            Changed::Flows | Changed::Drains => self.publish(),
+        }
+    }
+
+    /// Publishes a view.
+    pub(super) fn publish(&mut self) {
+        let now = BootTime::now();
+        let active = self.active.iter().map(|a| Report {
+            holds: a.held_calls(),
+            ..a.machine.report(now)
+        });
+        let view = DrainsView {
+            version: self.view.borrow().version + 1,
+            at: now,
+            active: active.collect(),
+            finished: self.finished.reports().cloned().collect(),
+            blind: self.blind.clone(),
+        };
+        self.view.send_replace(Arc::new(view));
+        self.changed = Changed::Nothing;
+        self.published = Instant::now();
+    }
+}

@@ -1,0 +1,195 @@
+//! Follows a signal from a container's main process to the one that acts on it.
+
+use ebb_core::notification::StopSignal;
+
+use super::{
+    kind::{Kind, Runtime, kind},
+    process::Process,
+    servers::{Reaction, Server},
+};
+use crate::linux::signal_handling::SignalEffect;
+
+/// SIGKILL and SIGQUIT.
+const KILL: u32 = 9;
+const QUIT: u32 = 3;
+
+/// What a signal to a container's main process leads to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ending {
+    /// The reaction of a known server.
+    Server(&'static Server, Reaction),
+    /// The program has a handler. ebb cannot see what the handler does.
+    Handled,
+    /// The language runtime catches it, whether or not the program has a handler.
+    Runtime(Runtime),
+    /// A Go program prints its goroutines, and exits.
+    Dumps,
+    /// A shell has a trap for it.
+    Trapped,
+    /// A shell does not pass it on.
+    NotPassedOn,
+    /// It ends the shell below an init, and the end of the shell ends the container.
+    EndsShell,
+    /// The program does not act on it.
+    RunsOn,
+    /// It ends the program at once.
+    Ends,
+}
+
+/// An ending, and the process that decides it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Verdict<'a> {
+    pub(super) ending: Ending,
+    pub(super) process: &'a Process,
+    /// The init that has passed the signal on.
+    pub(super) init: Option<&'a Process>,
+}
+
+impl Ending {
+    /// Whether requests under way are finished, as far as ebb can tell.
+    pub(super) const fn is_good(self) -> bool {
+        matches!(self, Self::Handled | Self::Server(_, Reaction::Drains))
+    }
+
+    /// Whether that depends on what ebb can't see.
+    pub(super) const fn is_unknown(self) -> bool {
+        matches!(self, Self::Runtime(_) | Self::Trapped)
+    }
+}
+
+/// The signal by which the program drains: a known server's, else SIGTERM. `None` if no signal drains the server.
+pub(super) fn draining(process: &Process) -> Option<StopSignal> {
+    match kind(process) {
+        Kind::Server(server) => server.draining(process).map(|(signal, _)| signal),
+        _ => Some(StopSignal::Term),
+    }
+}
+
+/// What the signal does if it is sent to this process.
+pub(super) fn verdict(process: &Process, signal: u32) -> Verdict<'_> {
+    follow(process, signal, None)
+}
+
+fn follow<'a>(process: &'a Process, signal: u32, init: Option<&'a Process>) -> Verdict<'a> {
+    let at = |ending| Verdict {
+        ending,
+        process,
+        init,
+    };
+    if signal == KILL {
+        return at(Ending::Ends);
+    }
+    let effect = process.signals.effect(signal);
+    match kind(process) {
+        // Between two waits, an init waits for no signal and blocks all.
+        Kind::Init if effect == SignalEffect::Caught || process.signals.blocks(signal) => {
+            let children = process.children.iter();
+            // Helpers of s6 such as s6-ipcserverd.
+            let children = children.filter(|child| {
+                matches!(kind(child), Kind::Init) || !child.program.starts_with("s6-")
+            });
+            let verdicts = children.map(|child| follow(child, signal, Some(process)));
+            // An init with several children passes the signal to all, or its end ends the others.
+            let worst = verdicts.max_by_key(|v| match v.ending {
+                ending if ending.is_good() => 0,
+                ending if ending.is_unknown() => 1,
+                _ => 2,
+            });
+            worst.unwrap_or_else(|| at(Ending::Handled))
+        }
+        Kind::Shell if !process.children.is_empty() => at(match effect {
+            SignalEffect::Caught => Ending::Trapped,
+            SignalEffect::None => Ending::NotPassedOn,
+            SignalEffect::Ends => Ending::EndsShell,
+        }),
+        kind => at(match effect {
+            SignalEffect::None => Ending::RunsOn,
+            SignalEffect::Ends => Ending::Ends,
+            SignalEffect::Caught => caught(kind, process, signal),
+        }),
+    }
+}
+
+fn caught(kind: Kind, process: &Process, signal: u32) -> Ending {
+    match kind {
+        Kind::Server(server) => match server.reaction(signal, process) {
+            Some(reaction) => Ending::Server(server, reaction),
+            None => Ending::Handled,
+        },
+        Kind::Runtime(Runtime::Go) if signal == QUIT => Ending::Dumps,
+        // A handler of Python is the program's own.
+        Kind::Runtime(Runtime::Python) => Ending::Handled,
+        Kind::Runtime(runtime) => Ending::Runtime(runtime),
+        Kind::Shell => Ending::Trapped,
+        Kind::Init | Kind::Other => Ending::Handled,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::doctor::programs::testing::process;
+
+    const TERM: u64 = 1 << 14;
+
+    fn of(process: &Process) -> Ending {
+        verdict(process, 15).ending
+    }
+
+    #[test]
+    fn an_inits_child_is_judged_instead() {
+        let app = |caught| process("app", 7, caught);
+        let init = |child: Process| process("dumb-init", 1, TERM).with_child(child);
+        assert!(matches!(of(&init(app(TERM))), Ending::Handled));
+        assert!(matches!(of(&init(app(0))), Ending::Ends));
+        // `tini -- sh -c app`
+        let shell = init(process("dash", 7, 0).with_child(process("app", 8, TERM)));
+        let found = verdict(&shell, 15);
+        assert!(matches!(found.ending, Ending::EndsShell), "{found:?}");
+        assert_eq!(found.init.unwrap().program, "dumb-init");
+        // An init that does not act on the signal drops it.
+        assert!(matches!(of(&process("dumb-init", 1, 0)), Ending::RunsOn));
+    }
+
+    #[test]
+    fn a_shell_passes_nothing_on_unless_it_has_become_the_program() {
+        let app = process("app", 8, TERM);
+        let shell = process("bash", 1, 0).with_child(app.clone());
+        assert!(matches!(of(&shell), Ending::NotPassedOn));
+        let trap = process("bash", 1, TERM).with_child(app);
+        assert!(matches!(of(&trap), Ending::Trapped));
+        // `exec app` leaves no shell.
+        assert!(matches!(of(&process("app", 1, TERM)), Ending::Handled));
+    }
+
+    #[test]
+    fn what_a_runtime_catches_says_nothing_about_the_program() {
+        let node = of(&process("node", 1, TERM));
+        assert!(matches!(node, Ending::Runtime(Runtime::Node)), "{node:?}");
+        let java = process("java", 1, TERM);
+        assert!(matches!(of(&java), Ending::Runtime(Runtime::Java)));
+        // -Xrs
+        assert!(matches!(of(&process("java", 1, 0)), Ending::RunsOn));
+        assert!(matches!(
+            of(&process("python3.11", 1, TERM)),
+            Ending::Handled
+        ));
+        assert!(matches!(of(&process("python3.11", 1, 0)), Ending::RunsOn));
+        assert!(matches!(of(&process("python3.11", 7, 0)), Ending::Ends));
+        let go = Process {
+            is_go: true,
+            ..process("app", 1, u64::MAX)
+        };
+        assert!(matches!(of(&go), Ending::Runtime(Runtime::Go)));
+        assert!(matches!(verdict(&go, 3).ending, Ending::Dumps));
+    }
+
+    #[test]
+    fn a_server_that_does_not_catch_the_signal_does_not_react() {
+        let nginx = process("nginx", 1, TERM);
+        assert!(matches!(of(&nginx), Ending::Server(_, Reaction::Drops)));
+        // HAProxy without -W has no handler for SIGTERM.
+        assert!(matches!(of(&process("haproxy", 1, 0)), Ending::RunsOn));
+        assert!(matches!(verdict(&nginx, 9).ending, Ending::Ends));
+    }
+}

@@ -1,0 +1,244 @@
+//! The network links of a namespace, and whether traffic passes through it to somewhere else.
+//!
+//! A pod whose namespace only forwards traffic, to a virtual machine or to containers inside the pod, has no sockets of
+//! these connections. A pod without sockets may therefore still have clients.
+//!
+//! The links come from rtnetlink (`RTM_GETLINK`): a header (16 bytes), `struct ifinfomsg` (16 bytes) and attributes.
+//! Layouts: include/uapi/linux/{rtnetlink,if_link}.h.
+
+use std::{collections::BTreeSet, fs, io, time::Duration};
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with, sockopt,
+};
+
+use super::{
+    cursor::Cursor,
+    sock_diag::{next_attribute, next_message},
+};
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const NLM_F_REQUEST_DUMP: u16 = 0x301;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_INFO_KIND: u16 = 1;
+
+const IFF_UP: u32 = 1;
+
+const SEQUENCE: u32 = 1;
+
+/// A network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Link {
+    index: u32,
+    is_up: bool,
+    name: String,
+    /// `bridge`, `tun`, `veth`, …; empty for hardware and loopback.
+    kind: String,
+    /// The link that it is a port of.
+    master: Option<u32>,
+    /// The namespace of its other end, as this namespace numbers them; `None` if it is this one.
+    peer_netns: Option<u32>,
+}
+
+/// How traffic may pass through the calling thread's namespace to somewhere else, in one sentence; `None` if nothing
+/// suggests it.
+///
+/// The sysctl alone says nothing, because a new namespace inherits the host's setting. The signs are a bridge with a
+/// port, or, with forwarding on, a link to a virtual machine or VPN, or veths to more than one other namespace.
+pub(super) fn forwards() -> io::Result<Option<String>> {
+    Ok(why_forwards(&links()?, is_forwarding()))
+}
+
+fn why_forwards(links: &[Link], is_forwarding: bool) -> Option<String> {
+    let bridge_of = |port: &Link| {
+        let master = port.master?;
+        links
+            .iter()
+            .find(|l| l.index == master && l.kind == "bridge")
+    };
+    if let Some((port, bridge)) = links.iter().find_map(|l| Some((l, bridge_of(l)?))) {
+        return Some(format!(
+            "its namespace passes traffic on through bridge {} (port {})",
+            bridge.name, port.name
+        ));
+    }
+    if !is_forwarding {
+        return None;
+    }
+    if let Some(tun) = links.iter().find(|l| l.kind == "tun") {
+        return Some(format!(
+            "its namespace forwards traffic and has the tap or tunnel {}",
+            tun.name
+        ));
+    }
+    let is_veth = |l: &&Link| l.kind == "veth";
+    let veths: Vec<&Link> = links.iter().filter(is_veth).collect();
+    let namespaces: BTreeSet<_> = veths.iter().filter_map(|l| l.peer_netns).collect();
+    if namespaces.len() > 1 {
+        let names: Vec<_> = veths.iter().map(|l| l.name.as_str()).collect();
+        return Some(format!(
+            "its namespace forwards traffic and is linked to more than one other namespace ({})",
+            names.join(", ")
+        ));
+    }
+    None
+}
+
+/// Whether the calling thread's namespace forwards IPv4 or IPv6. A missing file means no.
+fn is_forwarding() -> bool {
+    ["ipv4/ip_forward", "ipv6/conf/all/forwarding"]
+        .iter()
+        .filter_map(|name| fs::read_to_string(format!("/proc/sys/net/{name}")).ok())
+        .any(|value| value.trim() != "0")
+}
+
+/// The links of the calling thread's namespace that are up.
+fn links() -> io::Result<Vec<Link>> {
+    let fd = socket_with(
+        AddressFamily::NETLINK,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        // NETLINK_ROUTE is 0.
+        None,
+    )?;
+    // The kernel replies at once. The timeout only guards against a hang.
+    sockopt::set_socket_timeout(&fd, sockopt::Timeout::Recv, Some(Duration::from_secs(5)))?;
+    send(&fd, &request(), SendFlags::empty())?;
+    let mut buffer = vec![0; 64 * 1024];
+    let mut links = Vec::new();
+    loop {
+        // With TRUNC, `n` is the length of the datagram even if the buffer is too short for it.
+        let (_, n) = recv(&fd, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
+        let mut rest = Cursor(buffer.get(..n).ok_or(io::ErrorKind::InvalidData)?);
+        while !rest.0.is_empty() {
+            let (kind, sequence, mut body) =
+                next_message(&mut rest).ok_or(io::ErrorKind::InvalidData)?;
+            match kind {
+                _ if sequence != SEQUENCE => {}
+                NLMSG_DONE => return Ok(links),
+                NLMSG_ERROR => {
+                    let errno = body.u32().map_or(0, u32::cast_signed);
+                    return Err(io::Error::from_raw_os_error(-errno));
+                }
+                RTM_NEWLINK => {
+                    let link = link(body).ok_or(io::ErrorKind::InvalidData)?;
+                    links.extend(Some(link).filter(|link| link.is_up));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// `struct ifinfomsg`: all links.
+fn request() -> Vec<u8> {
+    const LENGTH: u32 = 32;
+    let mut r = Vec::with_capacity(LENGTH as usize);
+    r.extend(LENGTH.to_ne_bytes());
+    r.extend(RTM_GETLINK.to_ne_bytes());
+    r.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
+    r.extend(SEQUENCE.to_ne_bytes());
+    r.resize(LENGTH as usize, 0);
+    r
+}
+
+/// Decodes one link; `None` if it is malformed.
+fn link(mut m: Cursor<'_>) -> Option<Link> {
+    m.take(4)?; // family, device type
+    let index = m.u32()?;
+    let flags = m.u32()?;
+    m.take(4)?; // changed flags
+    let mut link = Link {
+        index,
+        is_up: flags & IFF_UP != 0,
+        ..Link::default()
+    };
+    while let Some((kind, mut value)) = next_attribute(&mut m) {
+        match kind {
+            IFLA_IFNAME => link.name = text(value),
+            IFLA_MASTER => link.master = value.u32(),
+            IFLA_LINK_NETNSID => link.peer_netns = value.u32(),
+            IFLA_LINKINFO => {
+                while let Some((kind, value)) = next_attribute(&mut value) {
+                    if kind == IFLA_INFO_KIND {
+                        link.kind = text(value);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+/// A string that ends with a zero byte.
+fn text(value: Cursor<'_>) -> String {
+    let end = value.0.iter().position(|b| *b == 0);
+    let bytes = value.0.get(..end.unwrap_or(value.0.len()));
+    String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, kind: &str) -> Link {
+        Link {
+            index,
+            name: format!("{kind}{index}"),
+            kind: kind.into(),
+            ..Link::default()
+        }
+    }
+
+    fn veth(index: u32, peer_netns: u32) -> Link {
+        Link {
+            peer_netns: Some(peer_netns),
+            ..link(index, "veth")
+        }
+    }
+
+    #[test]
+    fn an_ordinary_pod_forwards_nothing_although_it_inherits_the_setting() {
+        // Loopback, eth0, and a second interface of the host's.
+        let links = [link(1, ""), veth(2, 0), veth(3, 0)];
+        assert_eq!(why_forwards(&links, true), None);
+        // A bridge without ports.
+        let links = [link(1, ""), veth(2, 0), link(3, "bridge")];
+        assert_eq!(why_forwards(&links, true), None);
+    }
+
+    #[test]
+    fn a_bridge_with_a_port_forwards_whatever_the_setting() {
+        let tap = Link {
+            master: Some(3),
+            ..link(4, "tun")
+        };
+        let links = [link(1, ""), veth(2, 0), link(3, "bridge"), tap];
+        let why = why_forwards(&links, false).unwrap();
+        assert!(why.contains("bridge3") && why.contains("tun4"), "{why}");
+    }
+
+    #[test]
+    fn with_forwarding_on_a_tap_and_a_second_namespace_suggest_it() {
+        let machine = [link(1, ""), veth(2, 0), link(3, "tun")];
+        let nested = [link(1, ""), veth(2, 0), veth(3, 1)];
+        for links in [&machine, &nested] {
+            assert!(why_forwards(links, true).is_some());
+            assert_eq!(why_forwards(links, false), None);
+        }
+    }
+
+    #[test]
+    fn the_links_of_this_namespace_include_loopback() {
+        let links = links().unwrap();
+        assert!(links.iter().any(|l| l.name == "lo"), "{links:?}");
+    }
+}

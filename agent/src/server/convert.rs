@@ -1,0 +1,88 @@
+//! Converts pods and flows into the JSON types of `ebb-protocol`.
+
+use std::sync::Arc;
+
+use ebb_core::{
+    clock::millis,
+    flow::{Age, Flow, Snapshot},
+    ids::PodName,
+    scope::Scope,
+};
+use ebb_protocol::views::{ContainerView, FlowView, Network, PodView};
+
+use crate::pods::Pod;
+
+pub(super) fn pod_view(
+    pod: &Pod,
+    seen: Result<&Snapshot, String>,
+    new_per_second: Option<f64>,
+    warnings: Vec<String>,
+) -> PodView {
+    let snapshot = seen.as_ref().ok().copied();
+    let holding = || snapshot.into_iter().flat_map(Snapshot::holding);
+    let peers: std::collections::HashSet<_> = holding().map(|f| f.remote.ip()).collect();
+    // Of two equal ages, the one that is a lower bound is the older.
+    let oldest = holding()
+        .map(Flow::age_to_show)
+        .max_by_key(|age| (age.at_least(), age.known().is_none()));
+    PodView {
+        pod: pod.name.clone(),
+        network: match pod.scope {
+            Scope::Netns { .. } => Network::Pod,
+            Scope::HostNetwork(_) => Network::Host,
+            Scope::Untracked(_) => Network::Untracked,
+        },
+        ips: pod.ips.clone(),
+        labels: pod.labels.clone(),
+        containers: pod
+            .containers
+            .iter()
+            .map(|c| ContainerView {
+                name: c.name.clone(),
+                id: c.id.clone(),
+                running: c.running,
+            })
+            .collect(),
+        flows: snapshot.map(Snapshot::counts),
+        peers: snapshot.map(|_| count(peers.len())),
+        exempt: snapshot.map(|s| count(s.flows.iter().filter(|f| f.exempt.is_some()).count())),
+        new_per_second,
+        oldest_ms: oldest.map(|age| millis(age.at_least())),
+        oldest_is_at_least: oldest.is_some_and(|age| age.known().is_none()),
+        untracked: seen.err(),
+        warnings,
+    }
+}
+
+/// `peer` has the peer's address, and `container` is the container whose process created the socket, if these are known.
+pub(super) fn flow_view(
+    pod: &Arc<PodName>,
+    flow: &Flow,
+    peer: Option<Arc<str>>,
+    container: Option<Arc<str>>,
+) -> FlowView {
+    FlowView {
+        pod: Arc::clone(pod),
+        direction: flow.direction,
+        state: flow.state,
+        live: flow.state.is_live(),
+        holds: flow.holds(),
+        exempt: flow.exempt,
+        local: flow.local,
+        remote: flow.remote,
+        peer,
+        age_ms: flow.age_to_show().known().map(millis),
+        age_at_least_ms: match flow.age_to_show() {
+            Age::Known(_) => None,
+            Age::AtLeast(age) => Some(millis(age)),
+        },
+        quiet_ms: millis(flow.quiet_for),
+        bytes_in: flow.bytes_in,
+        bytes_out: flow.bytes_out,
+        container,
+    }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}

@@ -71,6 +71,11 @@ impl BootTime {
             wall - now.since(self)
         }
     }
+
+    /// This moment as wall-clock time, as in reports (RFC 3339, UTC).
+    pub fn rfc3339(self) -> String {
+        humantime::format_rfc3339_millis(self.to_system_time()).to_string()
+    }
 }
 
 /// A duration in whole milliseconds, as in reports.

@@ -18,6 +18,7 @@
 //! | [`mod@format`] | how durations, sizes, addresses and errors are printed and parsed |
 //! | [`policy`] | what a drain waits for and how long it may take, and what a pod's annotations change about that |
 //! | [`release`] | why a hold ended |
+//! | `setting` | settings that are one of a few names |
 //! | [`socket_path`] | how the path of a unix socket is written |
 //! | [`termination`] | whether a StopContainer is part of its pod's termination or a container restart |
 //! | [`time_budget`] | how long a CRI call may be held, and which timeout is forwarded afterwards |
@@ -35,6 +36,7 @@ pub mod pod_end;
 pub mod policy;
 pub mod release;
 pub mod scope;
+mod setting;
 pub mod socket_path;
 pub mod termination;
 pub mod time_budget;

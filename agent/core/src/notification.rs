@@ -7,6 +7,8 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::setting::setting_names;
+
 /// A signal that a pod may ask for. Servers use these to begin a graceful shutdown. SIGKILL and SIGSTOP are not among
 /// them: no application can act on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -169,33 +171,7 @@ pub enum SignalTarget {
     Children,
 }
 
-impl SignalTarget {
-    /// The name in annotations.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Main => "main",
-            Self::Children => "children",
-        }
-    }
-}
-
-impl fmt::Display for SignalTarget {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for SignalTarget {
-    type Err = String;
-
-    fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "main" => Ok(Self::Main),
-            "children" => Ok(Self::Children),
-            _ => Err(format!("{s:?} is not one of main, children")),
-        }
-    }
-}
+setting_names!(SignalTarget { Main = "main", Children = "children" });
 
 /// The method of a [`DrainRequest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

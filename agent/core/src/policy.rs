@@ -5,7 +5,7 @@ mod call_limits;
 mod outbound;
 mod port_rule;
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,7 @@ use crate::{
     flow::ClassifyOptions,
     notification::{DrainRequest, SignalTarget, StopSignals},
     release::DeadlineCause,
+    setting::setting_names,
 };
 
 /// The grace period of a pod whose spec has none: `DefaultTerminationGracePeriodSeconds` in Kubernetes'
@@ -27,16 +28,6 @@ pub const DEFAULT_GRACE: Duration = Duration::from_secs(30);
 /// The longest hold without `max-hold`: a grace period of a week, which operators do set, must not block the drain of a
 /// node for a week behind one idle client.
 pub const DEFAULT_MAX_HOLD: Duration = Duration::from_secs(60 * 60);
-
-/// A value that a setting does not accept.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{got:?} is not one of {}", .known.join(", "))]
-pub struct UnknownValue {
-    /// The value.
-    pub got: String,
-    /// The values that the setting accepts.
-    pub known: &'static [&'static str],
-}
 
 /// When a pod is drained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -52,38 +43,7 @@ pub enum Until {
     Settled,
 }
 
-impl Until {
-    /// The name in annotations, flags and JSON.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Zero => "zero",
-            Self::Idle => "idle",
-            Self::Settled => "settled",
-        }
-    }
-}
-
-impl fmt::Display for Until {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Until {
-    type Err = UnknownValue;
-
-    fn from_str(s: &str) -> Result<Self, UnknownValue> {
-        match s {
-            "zero" => Ok(Self::Zero),
-            "idle" => Ok(Self::Idle),
-            "settled" => Ok(Self::Settled),
-            _ => Err(UnknownValue {
-                got: s.to_owned(),
-                known: &["zero", "idle", "settled"],
-            }),
-        }
-    }
-}
+setting_names!(Until { Zero = "zero", Idle = "idle", Settled = "settled" });
 
 /// What to do with idle flows during the drain phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -97,36 +57,7 @@ pub enum IdleFlows {
     Close,
 }
 
-impl IdleFlows {
-    /// The name in annotations, flags and JSON.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Keep => "keep",
-            Self::Close => "close",
-        }
-    }
-}
-
-impl fmt::Display for IdleFlows {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for IdleFlows {
-    type Err = UnknownValue;
-
-    fn from_str(s: &str) -> Result<Self, UnknownValue> {
-        match s {
-            "keep" => Ok(Self::Keep),
-            "close" => Ok(Self::Close),
-            _ => Err(UnknownValue {
-                got: s.to_owned(),
-                known: &["keep", "close"],
-            }),
-        }
-    }
-}
+setting_names!(IdleFlows { Keep = "keep", Close = "close" });
 
 /// Whether the stops of a pod are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -142,38 +73,7 @@ pub enum DrainMode {
     Off,
 }
 
-impl DrainMode {
-    /// The name in annotations, flags and JSON.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::On => "on",
-            Self::Observe => "observe",
-            Self::Off => "off",
-        }
-    }
-}
-
-impl fmt::Display for DrainMode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for DrainMode {
-    type Err = UnknownValue;
-
-    fn from_str(s: &str) -> Result<Self, UnknownValue> {
-        match s {
-            "on" => Ok(Self::On),
-            "observe" => Ok(Self::Observe),
-            "off" => Ok(Self::Off),
-            _ => Err(UnknownValue {
-                got: s.to_owned(),
-                known: &["on", "observe", "off"],
-            }),
-        }
-    }
-}
+setting_names!(DrainMode { On = "on", Observe = "observe", Off = "off" });
 
 /// A pod's complete drain policy.
 #[derive(Clone, Debug, PartialEq, Eq)]

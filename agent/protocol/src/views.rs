@@ -1,5 +1,8 @@
 //! The JSON of the agent's socket and of `-o json`; see [the crate](crate) for the rules and the routes.
 
+mod diagnosis;
+mod explanation;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
@@ -8,13 +11,16 @@ use std::{
 
 use ebb_core::{
     advice::Advice,
-    clock::BootTime,
     flow::{Direction, Exempt, FlowCounts, FlowState},
     ids::{ContainerId, PodName},
     policy::Until,
 };
 use serde::{Deserialize, Serialize};
 
+pub use self::{
+    diagnosis::{Check, CheckStatus, Diagnosis},
+    explanation::{Explanation, LifetimeBucket, PolicyView, Setting, SettingSource, StopView},
+};
 use crate::drain_report::Report;
 
 /// The name of this JSON schema.
@@ -24,7 +30,7 @@ pub const SCHEMA: &str = "ebb.dev/v1";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PodList {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// All pods of the node, by namespace and name.
     pub pods: Vec<PodView>,
@@ -112,7 +118,7 @@ pub struct ContainerView {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct FlowList {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// Flows, by pod.
     pub flows: Vec<FlowView>,
@@ -179,7 +185,7 @@ pub struct FlowView {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DrainList {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// The number of this snapshot: a larger one is newer.
     pub version: u64,
@@ -191,7 +197,7 @@ pub struct DrainList {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AdviceList {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// The workloads of whose pods the agent remembers drains, by namespace and name.
     pub workloads: Vec<WorkloadAdvice>,
@@ -236,7 +242,7 @@ pub enum WaitOutcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct WaitReply {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// Why the wait ended.
     #[serde(default)]
@@ -246,164 +252,11 @@ pub struct WaitReply {
     pub report: Report,
 }
 
-/// One stop of a pod's container or sandbox, and the agent's decision.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct StopView {
-    /// When it arrived (RFC 3339, UTC).
-    pub at: String,
-    /// The pod.
-    pub pod: PodName,
-    /// `StopContainer` or `StopPodSandbox`.
-    pub call: String,
-    /// The container's name in the pod spec.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub container: Option<String>,
-    /// The timeout of a StopContainer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub timeout_ms: Option<u64>,
-    /// The caller's RPC deadline, if it sent one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub patience_ms: Option<u64>,
-    /// Whether it was held; if not, it was forwarded at once.
-    pub held: bool,
-    /// Whether it was part of the pod's termination. Absent if the agent did not check that or could not find out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ending: Option<bool>,
-    /// The evidence for that, or why there is none: `deleting`, `only-container`, …
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub evidence: Option<String>,
-    /// Why the hold ended, or why there was none. Absent while it is held.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// The latest time of the release, from its arrival.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deadline_ms: Option<u64>,
-    /// How long it was held.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub held_ms: Option<u64>,
-}
-
-impl StopView {
-    /// A call of a pod that arrives now.
-    pub fn new(pod: &PodName, call: &str) -> Self {
-        Self {
-            at: rfc3339(BootTime::now()),
-            pod: pod.clone(),
-            call: call.into(),
-            container: None,
-            timeout_ms: None,
-            patience_ms: None,
-            held: false,
-            ending: None,
-            evidence: None,
-            reason: None,
-            deadline_ms: None,
-            held_ms: None,
-        }
-    }
-}
-
-/// A time as in reports (RFC 3339, UTC).
-pub fn rfc3339(t: BootTime) -> String {
-    humantime::format_rfc3339_millis(t.to_system_time()).to_string()
-}
-
-/// `GET /v1/explain?pod=NAME`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct Explanation {
-    /// [`SCHEMA`].
-    pub schema: String,
-    /// The pod.
-    pub pod: PodName,
-    /// When this agent started.
-    pub agent_since: String,
-    /// Whether the API server says that the pod is being deleted. Absent without an API server.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deleting: Option<bool>,
-    /// The pod's current policy. Absent if the pod is gone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub now: Option<PolicyView>,
-    /// Its drain, under way or the last one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub drain: Option<Report>,
-    /// How long the connections lasted that were opened and closed while the agent ran, the shortest first. Empty if
-    /// the pod is gone.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub lifetimes: Vec<LifetimeBucket>,
-    /// Its last stops, newest first. The agent remembers 256 in all.
-    pub stops: Vec<StopView>,
-}
-
-/// Connections whose lifetimes are similar.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct LifetimeBucket {
-    /// They lasted longer than the bound of the bucket before, and at most this long. Absent in the last bucket.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub at_most_ms: Option<u64>,
-    /// How many.
-    pub connections: u64,
-}
-
-/// A pod's current policy, and what follows from it for a stop that arrives now.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct PolicyView {
-    /// Each setting.
-    pub settings: Vec<Setting>,
-    /// Warnings about its annotations.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub warnings: Vec<String>,
-    /// Its grace period, if known.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grace_ms: Option<u64>,
-    /// How long its preStop hooks sleep, which the kubelet takes off the grace period. Absent if they don't.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pre_stop_sleep_ms: Option<u64>,
-    /// The part of it for the application's own shutdown.
-    pub reserve_ms: u64,
-    /// The longest hold of a StopContainer with the full grace period, less the sleep of its preStop hooks, from a
-    /// kubelet with the default `runtimeRequestTimeout`. 0 if no stop is held.
-    pub deadline_ms: u64,
-    /// Why no stop of the pod is ever held, if that is so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub never_held: Option<String>,
-}
-
-/// A setting of a policy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct Setting {
-    /// Its name, as in the annotation `ebb.dev/NAME`.
-    pub name: String,
-    /// Its value.
-    pub value: String,
-    /// Where it comes from.
-    pub from: SettingSource,
-}
-
-/// Where a setting comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(rename_all = "kebab-case")]
-pub enum SettingSource {
-    /// The pod's annotation.
-    Annotation,
-    /// The annotation of the pod's namespace.
-    Namespace,
-    /// The agent's flags or environment.
-    Node,
-    /// ebb's default.
-    Default,
-}
-
 /// `GET /v1/version`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct VersionView {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// The agent's version.
     pub version: String,
@@ -413,7 +266,7 @@ pub struct VersionView {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Versions {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// The version of the program that prints this.
     pub ebb: String,
@@ -483,7 +336,7 @@ pub struct ReleaseRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Released {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// The drain that was released. `cut` lists the connections that were open then.
     #[serde(flatten)]
@@ -494,7 +347,7 @@ pub struct Released {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DryRun {
-    /// [`SCHEMA`].
+    /// The schema: `ebb.dev/v1`.
     pub schema: String,
     /// The pod.
     pub pod: PodName,
@@ -511,77 +364,4 @@ pub struct DryRun {
     pub holding: Vec<FlowView>,
     /// How many flows would not, by the reason.
     pub not_holding: BTreeMap<String, u32>,
-}
-
-/// The result of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(rename_all = "kebab-case")]
-pub enum CheckStatus {
-    /// No problem.
-    Ok,
-    /// ebb can't tell.
-    Unknown,
-    /// Something limits ebb, or costs requests.
-    Warn,
-    /// ebb, or the hold, can't work.
-    Fail,
-}
-
-/// One check.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct Check {
-    /// What was checked.
-    pub name: String,
-    /// Its result.
-    pub status: CheckStatus,
-    /// One line: what was found.
-    pub detail: String,
-    /// What that costs.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub why: Option<String>,
-    /// The change that helps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub change: Option<String>,
-}
-
-impl Check {
-    /// A check and its result.
-    pub fn new(name: &str, status: CheckStatus, detail: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            status,
-            detail: detail.into(),
-            why: None,
-            change: None,
-        }
-    }
-
-    /// Adds what the finding costs.
-    #[must_use]
-    pub fn because(mut self, why: impl Into<String>) -> Self {
-        self.why = Some(why.into());
-        self
-    }
-
-    /// Adds the change that helps.
-    #[must_use]
-    pub fn change(mut self, change: impl Into<String>) -> Self {
-        self.change = Some(change.into());
-        self
-    }
-}
-
-/// What `ebb doctor` prints.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct Diagnosis {
-    /// [`SCHEMA`].
-    pub schema: String,
-    /// The pod, if the command named one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pod: Option<String>,
-    /// The checks.
-    pub checks: Vec<Check>,
 }

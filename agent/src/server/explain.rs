@@ -8,7 +8,7 @@ use ebb_core::{
     policy::{CallLimits, DEFAULT_GRACE, DrainMode, Policy, annotations::PREFIX},
     time_budget::TimeBudget,
 };
-use ebb_protocol::views::{Explanation, PolicyView, SCHEMA, Setting, SettingSource, rfc3339};
+use ebb_protocol::views::{Explanation, PolicyView, SCHEMA, Setting, SettingSource};
 
 use super::api::Api;
 use crate::pods::{
@@ -44,7 +44,7 @@ pub(super) fn explain(api: &Api, table: &PodTable, wanted: &str) -> Result<Expla
     let kube = api.flows.policies().kube().pods().borrow().clone();
     Ok(Explanation {
         schema: SCHEMA.into(),
-        agent_since: rfc3339(api.started),
+        agent_since: api.started.rfc3339(),
         deleting: kube.synced.then(|| kube.is_deleting(&name.uid)),
         now: pod.map(|pod| policy(api, pod)),
         drain,

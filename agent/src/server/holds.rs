@@ -30,7 +30,7 @@ use ebb_core::{
 };
 use ebb_protocol::{
     hold::{BypassReport, HeldCall, HeldNames, HoldMessage, HoldRequest},
-    views::{StopView, rfc3339},
+    views::StopView,
 };
 use tokio::sync::mpsc;
 
@@ -233,7 +233,7 @@ impl Holds {
             self.drains.limit(&pod.name.uid, killed);
         }
         self.stops.remember(StopView {
-            at: rfc3339(report.at),
+            at: report.at.rfc3339(),
             reason: Some(reason.into()),
             ..stop_of(pod, &report.call)
         });

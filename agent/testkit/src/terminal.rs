@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{Termios, Winsize, tcgetattr, tcsetwinsize},
 };
@@ -179,7 +180,8 @@ fn read(mut from: File, to: &Shared) {
     while !to.is_closed.load(Ordering::Relaxed) {
         let mut ready = [PollFd::from_borrowed_fd(from.as_fd(), PollFlags::IN)];
         match poll(&mut ready, Some(&CHECK_EVERY)) {
-            Ok(0) => continue,
+            // A signal ends poll() even where it restarts other calls, for example at the end of a child.
+            Ok(0) | Err(Errno::INTR) => continue,
             Ok(_) => {}
             Err(_) => return,
         }

@@ -11,6 +11,9 @@ use crate::{
     manifest::{read, repository},
 };
 
+/// The document with the whole table of annotations.
+const POLICY: &str = "docs/policy.md";
+
 /// All documents, by their paths in the repository.
 pub(crate) fn documents() -> Vec<String> {
     let mut paths = vec![
@@ -29,31 +32,30 @@ pub(crate) fn documents() -> Vec<String> {
     paths
 }
 
-/// The cells of README's policy table: annotation, flag, default; without back-ticks.
-fn policy_table() -> Vec<[String; 3]> {
-    let readme = read("README.md");
-    let rows = readme
+/// The cells of a document's table of annotations, without back-ticks and the empty ones at both ends.
+fn policy_table(document: &str) -> Vec<Vec<String>> {
+    let text = read(document);
+    let rows = text
         .lines()
         .skip_while(|line| !line.starts_with("| annotation |"))
         .skip(2)
         .take_while(|line| line.starts_with('|'));
     rows.map(|row| {
-        let cells: Vec<String> = row.split('|').map(|c| c.trim().replace('`', "")).collect();
-        [cells[1].clone(), cells[2].clone(), cells[3].clone()]
+        let row = row.trim_matches('|').replace('`', "");
+        row.split('|').map(|cell| cell.trim().to_owned()).collect()
     })
     .collect()
 }
 
 #[test]
-fn the_readme_names_every_annotation_and_no_other() {
+fn the_policy_table_names_every_annotation_and_no_other() {
     let known: BTreeSet<String> = annotations::KEYS
         .iter()
         .map(|key| format!("{}{key}", annotations::PREFIX))
         .collect();
-    let table: BTreeSet<String> = policy_table()
-        .into_iter()
-        .map(|[annotation, ..]| annotation)
-        .filter(|annotation| !annotation.is_empty())
+    let table: BTreeSet<String> = policy_table(POLICY)
+        .iter()
+        .map(|cells| cells[0].clone())
         .collect();
     assert_eq!(table, known);
 
@@ -75,7 +77,20 @@ fn the_readme_names_every_annotation_and_no_other() {
 }
 
 #[test]
-fn the_readme_names_every_policy_flag_with_its_default() {
+fn the_readme_has_the_rows_and_the_defaults_of_the_policy_table() {
+    let whole: Vec<[String; 2]> = policy_table(POLICY)
+        .iter()
+        .map(|cells| [cells[0].clone(), cells[2].clone()])
+        .collect();
+    let short: Vec<[String; 2]> = policy_table("README.md")
+        .iter()
+        .map(|cells| [cells[0].clone(), cells[1].clone()])
+        .collect();
+    assert_eq!(short, whole);
+}
+
+#[test]
+fn the_policy_table_names_every_flag_with_its_default() {
     let command = Cli::command();
     let agent = command.find_subcommand("agent").unwrap();
     let flags: BTreeSet<String> = agent
@@ -84,13 +99,13 @@ fn the_readme_names_every_policy_flag_with_its_default() {
         .filter_map(|a| a.get_long().map(str::to_owned))
         .collect();
     let mut named = BTreeSet::new();
-    for [_, flag, value] in policy_table() {
-        let Some(flag) = flag.strip_prefix("--") else {
+    for cells in policy_table(POLICY) {
+        let Some(flag) = cells[1].strip_prefix("--") else {
             continue;
         };
         let of_clap = default("agent", flag);
         let shown = if of_clap.is_empty() { "none" } else { &of_clap };
-        assert_eq!(value, shown, "--{flag}");
+        assert_eq!(cells[2], shown, "--{flag}");
         named.insert(flag.to_owned());
     }
     assert_eq!(named, flags);

@@ -10,6 +10,7 @@ mod advise;
 mod agent;
 mod daemonset;
 mod doctor;
+mod grace_period;
 mod hand_over;
 mod hold;
 mod images;
@@ -79,6 +80,7 @@ fn trials() -> Vec<Trial> {
         images::trials(),
         kube_faults::trials(),
         kube::trials(),
+        grace_period::trials(),
         kube_events::trials(),
         repeated_stop::trials(),
         pod_gone::trials(),

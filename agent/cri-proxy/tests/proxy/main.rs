@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod agent_away;
 mod crowd;
 mod forwarding;
 mod hold;
@@ -10,5 +11,6 @@ mod memory;
 mod metrics;
 mod runtime_changes;
 mod stopping;
+mod stopping_holds;
 mod successor;
 mod support;

@@ -318,7 +318,7 @@ fn orphaned(order: &HoldOrder) -> Arc<Report> {
     Arc::new(Report {
         pod: order.pod.name.clone(),
         workload: order.pod.workload.clone(),
-        started_at: super::wall_clock(BootTime::now()),
+        started_at: BootTime::now().rfc3339(),
         observed: order.policy.drain == DrainMode::Observe,
         traceparent: order.traceparent.clone(),
         phase: Phase::Released,

@@ -20,8 +20,8 @@ use crate::{
     pods::Pod,
 };
 
-/// A dump that takes longer has failed.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// A dump or a lookup that takes longer has failed.
+const KERNEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The kernel can't be asked; the text says what was tried and why it failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -118,10 +118,10 @@ pub(super) fn look_up<K: Kernel>(
     flows: Vec<FlowEndpoints>,
 ) -> impl Future<Output = Result<LookedUp, DumpReason>> + Send + use<K> {
     let (pod, policy) = (pod.clone(), policy.clone());
-    // In a task of its own, so that a panic is a failed look and not a look without end.
-    let look = tokio::spawn(async move {
+    // In a task of its own, so that after a panic the lookup has failed, and does not go on for ever.
+    let look_up = tokio::spawn(async move {
         let ends = flows.iter().map(|f| (f.local, f.remote)).collect();
-        let found = timeout(LOOK_TIMEOUT, kernel.look_up(&pod.scope, ends)).await;
+        let found = timeout(KERNEL_TIMEOUT, kernel.look_up(&pod.scope, ends)).await;
         let mut found = match found {
             Ok(Ok(found)) => found,
             Ok(Err(LookUpFailure::FastOpen)) => return Err(DumpReason::FastOpen),
@@ -143,7 +143,7 @@ pub(super) fn look_up<K: Kernel>(
             flows,
         })
     });
-    async move { look.await.unwrap_or(Err(DumpReason::LookupFailed)) }
+    async move { look_up.await.unwrap_or(Err(DumpReason::LookupFailed)) }
 }
 
 /// What a dump has shown.
@@ -167,9 +167,9 @@ pub(super) fn dump<K: Kernel>(
     wants_ports: bool,
 ) -> impl Future<Output = Result<Dumped, String>> + Send + use<K> {
     let (pod, mut policy) = (pod.clone(), policy.clone());
-    // In a task of its own, so that a panic is a failed look and not a look without end.
+    // In a task of its own, so that after a panic the dump has failed, and does not go on for ever.
     let dump = tokio::spawn(async move {
-        match timeout(LOOK_TIMEOUT, kernel.dump(&pod.scope)).await {
+        match timeout(KERNEL_TIMEOUT, kernel.dump(&pod.scope)).await {
             Ok(Ok(dump)) => {
                 let ports = wants_ports.then(|| PortsInUse::of(&dump.samples));
                 // The machine does the same, and reports what is wrong.
@@ -189,7 +189,9 @@ pub(super) fn dump<K: Kernel>(
                 })
             }
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("no answer from the kernel within {LOOK_TIMEOUT:?}")),
+            Err(_) => Err(format!(
+                "no answer from the kernel within {KERNEL_TIMEOUT:?}"
+            )),
         }
     });
     async move {

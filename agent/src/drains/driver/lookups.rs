@@ -9,7 +9,9 @@ use std::time::Duration;
 use ebb_core::{drain_report::DumpReason, machine::Event};
 
 use super::{
-    Answer, DrainId, Drains, Kernel, Outcome,
+    Drains, Kernel,
+    actions::Outcome,
+    active::DrainId,
     kernel::{LookedUp, look_up},
 };
 
@@ -32,17 +34,15 @@ impl<K: Kernel> Drains<K> {
                 continue;
             };
             let received = active.received;
-            let answers = self.answers_in.clone();
             let found = look_up(
                 self.kernel.clone(),
                 &active.pod,
                 active.machine.policy(),
                 flows,
             );
-            tokio::spawn(async move {
+            self.answer_with(drain, async move {
                 let found = found.await;
-                let outcome = Outcome::Lookups(Lookups { received, found });
-                let _ = answers.send(Answer { drain, outcome });
+                Outcome::Lookups(Lookups { received, found })
             });
         }
     }
@@ -65,11 +65,9 @@ impl<K: Kernel> Drains<K> {
             }
             Ok(found) => {
                 active.owed = Some(found.sent);
-                let answers = self.answers_in.clone();
-                tokio::spawn(async move {
+                self.answer_with(drain, async move {
                     tokio::time::sleep(OVERDUE).await;
-                    let outcome = Outcome::Overdue(found.sent);
-                    let _ = answers.send(Answer { drain, outcome });
+                    Outcome::Overdue(found.sent)
                 });
             }
         }

@@ -15,11 +15,13 @@ use std::{
 
 use ebb_core::{
     arrivals::Arrivals,
-    drain_report::{DumpReason, Phase, ReleaseReason, ReleasedBy, SettleRule},
+    drain_report::{DeadlineCause, DumpReason, Phase, ReleaseReason, ReleasedBy, SettleRule},
     flow::{Flow, Origin, Sample, TcpState},
-    ids::{CgroupId, ContainerId, NetnsInode, PodName, SandboxId, SocketCookie},
-    notification::{Notification, SignalOutcome, SignalReport, StopSignal},
+    ids::{CgroupId, ContainerId, NetnsInode, PodName, PodUid, SandboxId, SocketCookie, WatchId},
+    machine::Deadline,
+    notification::{Notification, NotificationOutcome, SignalOutcome, SignalReport, StopSignal},
     policy::{IdleFlows, Policy, Until},
+    scope::Scope,
 };
 
 use tokio::time::timeout;
@@ -32,7 +34,7 @@ use super::{
 use crate::{
     drains::{journal, notify::NotificationFuture},
     kernel::{FlowLookUp, LookUpFailure, SocketChange, SocketDump, SocketEvent},
-    pods::{Container, Pod},
+    pods::{Container, Pod, kube::Deletion},
 };
 
 const NETNS: NetnsInode = NetnsInode(4_026_532_000);

@@ -1,0 +1,78 @@
+//! What becomes known of a pod's end during its drain.
+
+use ebb_core::{
+    clock::BootTime,
+    drain_report::{DeadlineCause, ReleaseReason},
+    ids::PodUid,
+    machine::{Deadline, Event},
+    pod_end::PodEnd,
+    policy::{CallLimits, HoldLimit},
+};
+
+use super::{Drains, Kernel, active::DrainId};
+use crate::pods::kube::Deletion;
+
+impl<K: Kernel> Drains<K> {
+    /// Brings a drain's end forward.
+    pub(super) fn limit(&mut self, id: DrainId, limit: Deadline) {
+        self.step(id, Event::Limit(limit));
+        self.remember(id);
+    }
+
+    /// The API server has reported a deletion. One with a shorter grace period than the drain knows brings its end forward.
+    pub(super) fn deletion(&mut self, uid: &PodUid, deletion: Deletion) {
+        let now = BootTime::now();
+        let Some(id) = self.active.of_pod(uid) else {
+            return;
+        };
+        let Some(active) = self.active.get_mut(id) else {
+            return;
+        };
+        let deleted = PodEnd {
+            deleted: Some(deletion.seen),
+            ..active.end.clone()
+        };
+        // A drain for the restart of a container ends when the first hold of the deletion comes.
+        if !active.beginning().includes(&deleted, now) {
+            return;
+        }
+        active.end = deleted;
+        self.is_stopping(id);
+        let (Some(grace), Some(active)) = (deletion.grace, self.active.get_mut(id)) else {
+            return;
+        };
+        let is_shorter = active.deletion_grace.is_none_or(|known| grace < known);
+        active.deletion_grace = Some(grace);
+        if let Some(left) = deletion.left(now).filter(|_| is_shorter) {
+            let limits = CallLimits {
+                grace: Some(left),
+                rpc_timeout: None,
+            };
+            let limit = HoldLimit {
+                cause: DeadlineCause::ShorterGrace,
+                ..active.machine.policy().deadline(limits)
+            };
+            self.step(id, Event::Limit(Deadline::of(now, limit)));
+        }
+        self.remember(id);
+    }
+
+    /// A preStop wait ran for the restart of a container, or by hand.
+    pub(super) fn not_terminating(&mut self, uid: &PodUid) {
+        if let Some(id) = self.active.of_pod(uid)
+            && self.active.get(id).is_some_and(|a| !a.end.is_final())
+        {
+            self.step(id, Event::Release(ReleaseReason::NotTerminating));
+        }
+    }
+
+    /// Lets the machine tell the application for as long as the pod's end is certain and held.
+    pub(super) fn is_stopping(&mut self, id: DrainId) {
+        if let Some(active) = self.active.get(id)
+            && active.machine.policy().notifies()
+        {
+            let is_stopping = active.end.is_final() && active.holds > 0;
+            self.step(id, Event::Stopping(is_stopping));
+        }
+    }
+}

@@ -236,11 +236,7 @@ impl Agent {
     /// before, and that its deadline is no later. The call's own deadline may be a little earlier than the first one,
     /// because an agent counts what is left of the grace period from the time at which it begins the hold.
     pub(crate) async fn until_resumed(&self, pod: &str, begun: &Report) -> Result<()> {
-        eventually("a call joins the drain", async || {
-            Ok((self.drain(pod).await?.holds == 1).then_some(()))
-        })
-        .await?;
-        let report = self.drain(pod).await?;
+        let report = self.until_held_by(pod, 1).await?;
         let moved_ms = begun.deadline_ms.checked_sub(report.deadline_ms);
         ensure!(
             report.started_at == begun.started_at && moved_ms.is_some_and(|ms| ms < 500),
@@ -259,6 +255,15 @@ impl Agent {
             let drains = self.drains(pod).await?;
             let begun = drains.into_iter().find(|r| r.reason.is_none());
             Ok(begun.filter(|r| r.flows_at_start.is_some()))
+        })
+        .await
+    }
+
+    /// Waits until this many calls hold the pod's only drain.
+    pub(crate) async fn until_held_by(&self, pod: &str, calls: u32) -> Result<Report> {
+        eventually(&format!("{calls} calls hold {pod}"), async || {
+            let report = self.drain(pod).await?;
+            Ok((report.holds == calls).then_some(report))
         })
         .await
     }

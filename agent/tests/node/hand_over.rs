@@ -142,10 +142,7 @@ async fn stale_list(scene: Scene) -> Result<()> {
     let wait = dial(&kubelet, &pod.containers[0], url);
     let begun = agent.until_draining("stale-list").await?;
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
-    eventually("the stop joins the drain", async || {
-        Ok((agent.drain("stale-list").await?.holds == 2).then_some(()))
-    })
-    .await?;
+    agent.until_held_by("stale-list", 2).await?;
     drop(peer);
     ensure!(wait.await??.status == 0);
     let stop = stopping.await?;

@@ -96,8 +96,9 @@ async fn drained(scene: Scene) -> Result<()> {
     let kept = Peer::served(pod.v4(8081)?).await?;
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
 
-    let begun = agent.until_draining("held").await?;
-    ensure!(begun.holds == 2 && begun.reason.is_none(), "{begun:?}");
+    agent.until_draining("held").await?;
+    let begun = agent.until_held_by("held", 2).await?;
+    ensure!(begun.reason.is_none(), "{begun:?}");
     // 30 s less the reserve of 5 s.
     ensure!((24_000..=25_000).contains(&begun.deadline_ms), "{begun:?}");
     slow.answer("slow\n").await?;
@@ -569,15 +570,15 @@ async fn one_crashes_while_held(scene: Scene) -> Result<()> {
     };
     let (app, side) = (pod.container("app")?, pod.container("side")?);
     let (of_app, of_side) = (call(app), call(side));
-    let begun = agent.until_draining("one-dies").await?;
-    ensure!(begun.holds == 2, "{begun:?}");
+    agent.until_draining("one-dies").await?;
+    agent.until_held_by("one-dies", 2).await?;
     let crashed = Instant::now();
     crash(&scene, app).await?;
     of_app.await??;
     ensure!(crashed.elapsed() < 3 * SECOND, "{:?}", crashed.elapsed());
     sleep(SECOND).await;
-    let report = agent.drain("one-dies").await?;
-    ensure!(report.holds == 1 && report.reason.is_none(), "{report:?}");
+    let report = agent.until_held_by("one-dies", 1).await?;
+    ensure!(report.reason.is_none(), "{report:?}");
     ensure!(!of_side.is_finished(), "released with its container");
     drop(peer);
     of_side.await??;

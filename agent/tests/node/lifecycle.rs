@@ -137,10 +137,7 @@ async fn proxy_stopped(scene: Scene) -> Result<()> {
     ensure!(now.elapsed() < AT_ONCE, "after {:?}", now.elapsed());
     stopping.await??;
     ensure!(!socket.exists(), "its socket is left");
-    eventually("the drain has no hold left", async || {
-        Ok((agent.drain("proxy-stopped").await?.holds == 0).then_some(()))
-    })
-    .await
+    agent.until_held_by("proxy-stopped", 0).await.map(drop)
 }
 
 async fn caller_gone(scene: Scene) -> Result<()> {
@@ -152,21 +149,15 @@ async fn caller_gone(scene: Scene) -> Result<()> {
     let kubelet = scene.kubelet_at(&proxy)?;
     let stopping =
         tokio::spawn(async move { kubelet.stop_container(&container, 30 * SECOND).await });
-    ensure!(agent.until_draining("caller-gone").await?.holds == 1);
+    agent.until_draining("caller-gone").await?;
     // As a restart of the kubelet does.
     stopping.abort();
-    eventually("the hold has ended", async || {
-        Ok((agent.drain("caller-gone").await?.holds == 0).then_some(()))
-    })
-    .await?;
+    agent.until_held_by("caller-gone", 0).await?;
     let timeouts = scene.stop_timeouts(&pod.containers[0].id)?;
     ensure!(timeouts.is_empty(), "was stopped: {timeouts:?}");
     // The kubelet calls again, and the call joins the running drain.
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
-    eventually("the new hold joins", async || {
-        Ok((agent.drain("caller-gone").await?.holds == 1).then_some(()))
-    })
-    .await?;
+    agent.until_held_by("caller-gone", 1).await?;
     agent.query(&["release", "caller-gone"]).await?;
     let stop = stopping.await?;
     ensure!(stop.error().is_none(), "{stop:?}");

@@ -338,10 +338,7 @@ async fn sent_once(scene: Scene) -> Result<()> {
     })
     .await?;
     let two = call()?;
-    eventually("the second stop joins", async || {
-        Ok((first.drain("counts").await?.holds == 2).then_some(()))
-    })
-    .await?;
+    first.until_held_by("counts", 2).await?;
     first.stop().await?;
     let second = scene.agent(&flags).await?;
     let what = "both stops are held again";

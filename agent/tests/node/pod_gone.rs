@@ -54,10 +54,7 @@ async fn caller(scene: Scene) -> Result<()> {
     ensure!(proxy.open_files()? > files, "a hold has a connection");
     first.abort();
     until_nothing_is_left(&agent, &proxy, files).await?;
-    eventually("the hold has ended", async || {
-        Ok((agent.drain("caller-gone").await?.holds == 0).then_some(()))
-    })
-    .await?;
+    agent.until_held_by("caller-gone", 0).await?;
     // The caller is gone, so the container is not stopped.
     let timeouts = scene.stop_timeouts(&pod.containers[0].id)?;
     ensure!(timeouts.is_empty(), "{timeouts:?}");

@@ -88,10 +88,7 @@ async fn joins_and_shortens(scene: Scene) -> Result<()> {
     ensure!(begun.deadline_ms > 80_000, "{begun:?}");
     // A longer timeout changes nothing, a shorter one shortens the hold.
     let second = call(100 * SECOND);
-    eventually("the second joins", async || {
-        Ok((agent.drain("twice").await?.holds == 2).then_some(()))
-    })
-    .await?;
+    agent.until_held_by("twice", 2).await?;
     ensure!(agent.drain("twice").await?.deadline_ms == begun.deadline_ms);
     let joined = Instant::now();
     let third = call(9 * SECOND);

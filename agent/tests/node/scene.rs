@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::proc_net;
+use crate::{ALONE, proc_net};
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
@@ -81,6 +81,7 @@ where
             with_time_limit(f(ExclusiveScene { node, directory })).await
         })
     })
+    .with_kind(ALONE)
 }
 
 fn run_trial(
@@ -156,7 +157,7 @@ pub(crate) async fn eventually<T>(
             return Ok(found);
         }
         if started.elapsed() > SOON {
-            bail!("not with_time_limit {SOON:?}: {what}");
+            bail!("not within {SOON:?}: {what}");
         }
         sleep(Duration::from_millis(50)).await;
     }

@@ -68,7 +68,7 @@ impl Scale {
     };
     /// Enough to test the bench.
     pub(crate) const QUICK: Self = Self {
-        pairs: 3,
+        pairs: 1,
         window: Duration::from_secs(1),
         many: 2_000,
         others: 200,

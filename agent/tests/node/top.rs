@@ -208,6 +208,12 @@ async fn drilled(scene: Scene) -> Result<()> {
     drop(idle);
     top.until_shown(&["has ended."]).await?;
     top.terminal.resize(100, 30)?;
+    // A key that arrives together with the signal of the new size is read with the next key.
+    eventually("the screen is wider", async || {
+        let first = top.terminal.text().lines().next().map(str::len);
+        Ok(first.filter(|columns| *columns > 80))
+    })
+    .await?;
     top.until_shown(&["has ended.", "Enter drain"]).await?;
     top.send("q")?;
     top.ends_well().await?;

@@ -211,6 +211,8 @@ impl Machine {
                 self.last_open = Some(now);
                 self.requests.lost(now);
             }
+            // Flows that were seen do not end because events do: dumps show them until the deadline.
+            Event::Untracked(_) if self.flows.blocked() => self.requests.without_events(),
             Event::Untracked(why) => self.lose_sight(why),
             Event::Hidden(why) => self.hidden = Some(why),
             Event::PortsInUse(used) => self.fit_ports(&used),
@@ -335,8 +337,10 @@ impl Machine {
         let has_read = self.stats.last_taken_at().is_some();
         let known = |n: u32| (has_read || n > 0).then_some(n);
         let (cut, cut_total) = match self.released {
-            // No stop follows, so nothing is cut.
-            None | Some((ReleaseReason::NotTerminating, _)) => (Vec::new(), 0),
+            // No stop follows, or none yet: the next agent continues the drain. So nothing is cut.
+            None | Some((ReleaseReason::NotTerminating | ReleaseReason::Shutdown, _)) => {
+                (Vec::new(), 0)
+            }
             Some((_, at)) => {
                 let ended = self.observation.iter().flat_map(Observation::cut);
                 self.stats.cut(&self.flows, ended, at)

@@ -192,8 +192,6 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
     let traces = traces(&config)?;
     let ports = listen_on(&config.http).await?;
     let listening = listen::bind(&run_dir.socket()).await?;
-    // From here on calls find this agent. If the note stays, they only wait for it longer.
-    let _ = files::remove(&run_dir.stop_note());
     let (tracker, events) = Tracker::start(TrackerOptions {
         bpf_log: config.bpf_log,
         kubelet: Some(KubeletCgroup {
@@ -424,6 +422,9 @@ impl Running {
         };
         let api = api::serve(socket, Arc::new(api), stop.clone());
         servers.spawn(watch("the server of the agent's socket", Box::pin(api)));
+        // Until now, calls that found the socket got no answer, and the note told the proxy to ask again. If it stays,
+        // calls only wait longer for this agent.
+        let _ = files::remove(&run_dir.stop_note());
         for port in ports {
             let server = Arc::clone(&node_port).serve(port, stop.clone());
             servers.spawn(watch("a server of the node port", Box::pin(server)));

@@ -83,7 +83,8 @@ pub(super) struct AgentFlags {
         long,
         env = "EBB_DBUS_SOCKET",
         default_value = "/proc/1/root/run/dbus/system_bus_socket",
-        value_name = "PATH"
+        value_name = "SOCKET",
+        value_parser = optional_socket
     )]
     dbus_socket: PathBuf,
     /// Hold the stop of a container also when ebb cannot tell whether its pod is terminating or the container
@@ -184,6 +185,14 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     };
     let address = text.parse().ok().or_else(unbracketed);
     address.ok_or_else(|| "not an address with a port, such as 192.0.2.10:9690".into())
+}
+
+/// Parses the path of a socket; empty: none.
+fn optional_socket(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Ok(PathBuf::new()),
+        text => socket_path::parse(text),
+    }
 }
 
 /// Checks the address of a collector.

@@ -226,6 +226,10 @@ impl<K: Kernel> Drains<K> {
         let Some(active) = self.active.get_mut(id) else {
             return;
         };
+        let event = match active.is_abandoned() && now >= active.machine.deadline().at {
+            true => Event::Release(ReleaseReason::NotTerminating),
+            false => event,
+        };
         let before = active.machine.revision();
         let has_answer = matches!(
             event,
@@ -273,10 +277,14 @@ impl<K: Kernel> Drains<K> {
             return;
         };
         // Repeated holds do not prolong a termination: the first release counts.
-        let beginning = Beginning {
+        let mut beginning = Beginning {
             released: active.first_released.or(Some(now)),
             ..active.beginning()
         };
+        // A release by hand is for the whole termination.
+        if active.machine.released() == Some(ReleaseReason::Manual) {
+            beginning.deadline.at = beginning.deadline.at.min(now);
+        }
         self.history.remember(&active.pod.name.uid, beginning);
         let holds = active.held_calls();
         let Active {

@@ -317,12 +317,10 @@ impl Kube {
         Some(get(client, &pod.name).await? != PodState::Running)
     }
 
-    /// Whether the API server says that this pod is gone, or that another pod has its name. False if it does not answer.
-    pub async fn is_removed(&self, pod: &PodName) -> bool {
-        match &self.client {
-            Some(client) => get(client, pod).await == Some(PodState::Gone),
-            None => false,
-        }
+    /// Whether the API server says that this pod is gone, or that another pod has its name. `None` if it does not answer.
+    pub async fn is_removed(&self, pod: &PodName) -> Option<bool> {
+        let state = get(self.client.as_ref()?, pod).await?;
+        Some(state == PodState::Gone)
     }
 }
 

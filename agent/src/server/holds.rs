@@ -48,6 +48,13 @@ use crate::{
 /// [`FIRST_MESSAGE_WITHIN`]: ebb_protocol::hold::FIRST_MESSAGE_WITHIN
 const REFRESH_WITHIN: Duration = Duration::from_millis(500);
 
+/// How long the first list may take for a call that an earlier agent has held. The proxy waits 2.5 s for the answer.
+const FIRST_LIST_WITHIN: Duration = Duration::from_millis(1500);
+
+/// A report that a call was forwarded limits the pod's holds if it is no older than this. A drain that comes later may be
+/// for another end of the pod.
+const LIMITS_WITHIN: Duration = Duration::from_secs(10);
+
 /// The reason of a stop that is forwarded because its container or sandbox has exited by itself.
 const EXITED: &str = "exited";
 
@@ -214,6 +221,7 @@ impl Holds {
     pub(super) async fn forwarded(&self, report: BypassReport) {
         let reason = report.why.name();
         self.metrics.bypassed(reason, None);
+        let is_late = BootTime::now().since(report.at) > LIMITS_WITHIN;
         let table = self
             .pods
             .refresh_or_cached(REFRESH_WITHIN)
@@ -224,7 +232,9 @@ impl Holds {
             HeldCall::StopPodSandbox { sandbox } => table.by_sandbox(sandbox),
         };
         let Some(pod) = pod else { return };
-        if let HeldCall::StopContainer { timeout_ms, .. } = report.call {
+        if let HeldCall::StopContainer { timeout_ms, .. } = report.call
+            && !is_late
+        {
             // By then the runtime has killed the container, so the pod's other holds must end, too.
             let killed = Deadline {
                 at: report.at + Duration::from_millis(timeout_ms),
@@ -242,11 +252,12 @@ impl Holds {
     /// The hold to order, or why the stop is forwarded at once.
     async fn admit(self: &Arc<Self>, request: &HoldRequest) -> Result<Admission, HoldRefusal> {
         // A new list, because it matters which containers run; the last one if the runtime does not answer.
-        let table = self
-            .pods
-            .refresh_or_cached(REFRESH_WITHIN)
-            .await
-            .unwrap_or_default();
+        let within = match request.resumed && self.pods.latest().is_empty() {
+            true => FIRST_LIST_WITHIN,
+            false => REFRESH_WITHIN,
+        };
+        let table = self.pods.refresh_or_cached(within).await;
+        let table = table.unwrap_or_default();
         let (pod, unknown) = match &request.call {
             HeldCall::StopContainer { container, .. } => {
                 (table.by_container(container), "unknown-container")
@@ -399,7 +410,7 @@ impl Holds {
         let mut tables = self.pods.subscribe();
         loop {
             let table = Arc::clone(&tables.borrow_and_update());
-            let remove_first_part = match call {
+            let still_runs = match call {
                 HeldCall::StopContainer { container, .. } => table
                     .by_container(container)
                     .is_some_and(|pod| runs(pod, container)),
@@ -410,7 +421,7 @@ impl Holds {
                     None => false,
                 },
             };
-            if !remove_first_part {
+            if !still_runs {
                 return;
             }
             if tables.changed().await.is_err() {

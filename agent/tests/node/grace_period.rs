@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use ebb_core::drain_report::{DeadlineCause, ReleaseReason};
-use ebb_testkit::api_server::{Delivery, Faults};
+use ebb_testkit::api_server::{AnswerMode, ApiVerb, Delivery, Faults};
 use libtest_mimic::Trial;
 use tokio::time::sleep;
 
@@ -11,7 +11,7 @@ use crate::{
     hold::stop,
     kube::Cluster,
     peer::Peer,
-    scene::{NODE_V4, SECOND, Scene, trial},
+    scene::{NODE_V4, SECOND, Scene, eventually, trial},
     track::dial,
 };
 
@@ -27,7 +27,40 @@ pub(crate) fn trials() -> Vec<Trial> {
             waits_early,
         ),
         trial("a_late_wait_gets_the_remaining_grace_period", waits_late),
+        trial(
+            "a_forced_delete_ends_a_hold_although_the_api_server_does_not_answer_at_first",
+            removed_while_busy,
+        ),
     ]
+}
+
+async fn removed_while_busy(scene: Scene) -> Result<()> {
+    let c = Cluster::start(scene, &[]).await?;
+    let pod = c.serve("removed-while-busy").await?;
+    let _peer = Peer::asking(pod.v4(8080)?, "/slow?ms=60000").await?;
+    c.api.delete(&pod.spec, 60 * SECOND);
+    let stopping = stop(c.kubelet()?, &pod, 60 * SECOND);
+    c.agent.until_draining("removed-while-busy").await?;
+    c.api.misbehave(Faults {
+        gets: AnswerMode::Status(503),
+        ..Faults::default()
+    });
+    let before = c.api.count(ApiVerb::Get);
+    c.api.remove(&pod.spec);
+    eventually("the agent asks about the pod", async || {
+        Ok((c.api.count(ApiVerb::Get) > before).then_some(()))
+    })
+    .await?;
+    // No other pod changes, so nothing but the next question ends the hold.
+    c.api.misbehave(Faults::default());
+    let (stop, took) = timed(stopping).await;
+    ensure!(stop?.error().is_none() && took < 10 * SECOND, "{took:?}");
+    let report = c.agent.drain("removed-while-busy").await?;
+    ensure!(
+        report.deadline_cause == DeadlineCause::Removed,
+        "{report:?}"
+    );
+    Ok(())
 }
 
 async fn shortened(scene: Scene) -> Result<()> {

@@ -33,7 +33,7 @@ pub(super) struct Requests {
     pub(super) ended: Option<BootTime>,
     /// When the last dump came back, if lookups can build on it.
     pub(super) base: Option<BootTime>,
-    /// Flows that no event announces may hold, so that lookups show too little.
+    /// Flows may hold that no event announces, so that lookups show too little.
     pub(super) dumps_only: bool,
     /// When events were lost: lookups can't build on a dump that began before.
     lost: Option<BootTime>,
@@ -118,6 +118,13 @@ impl Requests {
     /// Events were lost: lookups are worth nothing until a dump that begins from now on.
     pub(super) fn lost(&mut self, now: BootTime) {
         self.lost = Some(now);
+        self.base = None;
+        self.want(DumpReason::EventsLost);
+    }
+
+    /// There will be no more events: only dumps show what is open.
+    pub(super) fn without_events(&mut self) {
+        self.dumps_only = true;
         self.base = None;
         self.want(DumpReason::EventsLost);
     }

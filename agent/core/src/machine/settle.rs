@@ -82,7 +82,8 @@ impl Settle {
 
     /// Takes in how often clients connected before the drain.
     pub(super) fn learn(&mut self, arrivals: Arrivals) {
-        if !self.can_learn || arrivals.observed < OBSERVED {
+        let has_listener = self.rule != SettleRule::NoListener;
+        if !self.can_learn || !has_listener || arrivals.observed < OBSERVED {
             return;
         }
         match arrivals.gap {
@@ -289,6 +290,12 @@ mod tests {
         assert_eq!(settle.end(), START + ms(20_000));
         let mut settle = learned(&Policy::default(), ms(60_000), None);
         settle.nothing_listens();
+        assert_eq!(settle.end(), START);
+        // Clients of earlier times can't come back.
+        settle.learn(Arrivals {
+            observed: ms(60_000),
+            gap: Some(ms(1000)),
+        });
         assert_eq!(settle.end(), START);
     }
 }

@@ -34,6 +34,8 @@ pub(super) struct Active {
     pub(super) is_not_deleted: bool,
     /// The grace period of the pod's deletion, if that is known.
     pub(super) deletion_grace: Option<Duration>,
+    /// What was left of the grace period when the drain began, by its first hold.
+    pub(super) first_grace: Option<Duration>,
     /// The release of the drain that this one continues.
     pub(super) first_released: Option<BootTime>,
     pub(super) holds: u32,
@@ -62,6 +64,11 @@ impl Active {
     /// Whether it holds nothing, and is only observed.
     pub(super) fn is_observed(&self) -> bool {
         self.machine.policy().drain == DrainMode::Observe
+    }
+
+    /// Whether all its waits have left, and nothing shows that the pod ends.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.holds == 0 && !self.end.is_final()
     }
 
     /// How many calls and requests it keeps waiting.

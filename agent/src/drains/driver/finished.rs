@@ -9,13 +9,12 @@ use ebb_core::{
 };
 
 use super::active::DrainId;
-use crate::drains::journal;
 
 /// Drains that are over are kept for the CLI, and to answer late holds.
 pub(super) const MAX_FINISHED: usize = 256;
 /// For how long after a release the same answer is given: StopContainer follows its preStop wait, and the
-/// stops of a pod's containers each other, within moments. Later holds are checked against the kernel again,
-/// with the first deadline: a wait may have been requested by hand, or for the restart of a container.
+/// stops of a pod's containers each other, within moments. Until the first deadline, later holds are checked against
+/// the kernel again: a wait may have been requested by hand, or for the restart of a container.
 pub(super) const SAME_ANSWER: Duration = if cfg!(test) {
     Duration::from_millis(300)
 } else {
@@ -33,10 +32,7 @@ pub(super) struct Finished {
 impl Finished {
     /// Whether its report is also the answer to a hold that comes at `now`.
     pub(super) fn answers(&self, now: BootTime) -> bool {
-        let age = now.since(self.released);
-        // A release by hand is for the whole termination.
-        let by_hand = self.report.reason == Some(ReleaseReason::Manual);
-        age <= SAME_ANSWER || (by_hand && age <= journal::KEEP)
+        now.since(self.released) <= SAME_ANSWER
     }
 }
 

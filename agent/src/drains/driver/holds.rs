@@ -49,9 +49,13 @@ impl<K: Kernel> Drains<K> {
             // It was for the restart of a container, and the pod's end has a deadline of its own.
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
-        let answer = self.finished.last_of(uid).filter(|over| over.answers(now));
         let first = self.history.recall(uid, &end, now).cloned();
-        if let (Some(over), Some(_)) = (answer, &first) {
+        // A stop that is repeated after its deadline is the same termination, however much later it comes.
+        let answers = |first: &Beginning| {
+            let over = self.finished.last_of(uid)?;
+            (over.answers(now) || first.deadline.at <= now).then_some(over)
+        };
+        if let Some(over) = first.as_ref().and_then(answers) {
             let state = HoldState {
                 deadline: over.deadline,
                 has_read: true,
@@ -116,6 +120,7 @@ impl<K: Kernel> Drains<K> {
             machine,
             is_not_deleted: order.is_not_deleted,
             deletion_grace: order.deletion.and_then(|deletion| deletion.grace),
+            first_grace: order.grace,
             first_released: first.as_ref().and_then(|first| first.released),
             end: match first {
                 Some(first) => {
@@ -178,7 +183,7 @@ impl<K: Kernel> Drains<K> {
         };
         active.holds = active.holds.saturating_sub(1);
         self.changed = Changed::Drains;
-        if active.holds == 0 && active.is_not_deleted && !active.end.is_final() {
+        if active.is_abandoned() && active.is_not_deleted {
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
         self.is_stopping(id);

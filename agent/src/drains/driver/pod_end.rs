@@ -41,7 +41,10 @@ impl<K: Kernel> Drains<K> {
         let (Some(grace), Some(active)) = (deletion.grace, self.active.get_mut(id)) else {
             return;
         };
-        let is_shorter = active.deletion_grace.is_none_or(|known| grace < known);
+        // Without an earlier report, the drain counts on what the first hold knew. That is no more than the grace period of
+        // its deletion, so a report of the same deletion that comes late is not shorter.
+        let known = active.deletion_grace.or(active.first_grace);
+        let is_shorter = known.is_none_or(|known| grace < known);
         active.deletion_grace = Some(grace);
         if let Some(left) = deletion.left(now).filter(|_| is_shorter) {
             let limits = CallLimits {

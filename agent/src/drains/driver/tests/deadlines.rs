@@ -292,3 +292,65 @@ async fn a_limit_moves_the_deadline_of_its_own_pod_earlier_and_never_later() {
     assert!(first.deadline() < deadline);
     assert_eq!(other.deadline(), others);
 }
+
+#[tokio::test]
+async fn a_stop_that_is_repeated_after_its_deadline_gets_the_same_report() {
+    let harness = harness(vec![sample(1)]);
+    let short = || HoldOrder {
+        grace: Some(Duration::from_millis(450)),
+        ..stop("a")
+    };
+    let first = harness.drains.hold(short()).await;
+    let report = released(&first).await;
+    assert_eq!(report.reason, Some(ReleaseReason::Deadline));
+    tokio::time::sleep(SAME_ANSWER * 2).await;
+    let again = harness.drains.hold(short()).await;
+    assert!(Arc::ptr_eq(&released(&again).await, &report));
+    let view = harness.until_view(|v| v.active.is_empty()).await;
+    assert_eq!(view.finished.len(), 1, "no drain began: {view:?}");
+}
+
+#[tokio::test]
+async fn a_release_by_hand_is_for_all_repetitions_of_the_stop() {
+    let harness = harness(vec![sample(1)]);
+    let first = harness.drains.hold(stop("a")).await;
+    harness.drains.release(&PodUid::new("a")).await;
+    assert_eq!(released(&first).await.reason, Some(ReleaseReason::Manual));
+    tokio::time::sleep(journal::KEEP + SAME_ANSWER).await;
+    let again = harness.drains.hold(stop("a")).await;
+    assert_eq!(released(&again).await.reason, Some(ReleaseReason::Manual));
+}
+
+#[tokio::test]
+async fn a_deletion_that_is_reported_late_is_not_a_shorter_one() {
+    let harness = harness(vec![sample(1)]);
+    let uid = PodUid::new("a");
+    let hold = harness.drains.hold(stop("a")).await;
+    let deadline = hold.deadline();
+    // As an agent learns it that has just started, by a clock that is ten seconds ahead.
+    let ago = BootTime::now().before(Duration::from_secs(10));
+    harness
+        .drains
+        .deletion(&uid, deletion(ago, Duration::from_secs(60)));
+    harness.drains.release(&PodUid::new("b")).await;
+    assert_eq!(hold.deadline(), deadline);
+    harness
+        .drains
+        .deletion(&uid, deletion(BootTime::now(), Duration::from_secs(3)));
+    let report = released(&hold).await;
+    assert_eq!(report.deadline_cause, DeadlineCause::ShorterGrace);
+}
+
+#[tokio::test]
+async fn a_drain_whose_waits_have_left_cuts_nothing_at_its_deadline() {
+    let harness = harness(vec![sample(1)]);
+    let wait = HoldOrder {
+        grace: Some(Duration::from_millis(450)),
+        ..order(pod("a"), policy())
+    };
+    drop(harness.drains.hold(wait).await);
+    let view = harness.until_view(|v| v.finished.len() == 1).await;
+    let report = &view.finished[0];
+    assert_eq!(report.reason, Some(ReleaseReason::NotTerminating));
+    assert_eq!(report.cut_total, Some(0), "no stop follows: {report:?}");
+}

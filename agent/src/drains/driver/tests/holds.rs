@@ -51,9 +51,14 @@ async fn manual_release_answers_whether_there_was_a_drain() {
 #[tokio::test]
 async fn shutdown_releases_current_and_later_holds() {
     let harness = harness(vec![sample(1)]);
-    let hold = harness.drains.hold(order(pod("a"), policy())).await;
+    let hold = harness.drains.hold(stop("a")).await;
+    harness
+        .until_view(|v| v.active.iter().any(|r| r.flows_now.is_some()))
+        .await;
     harness.drains.shutdown();
-    assert_eq!(released(&hold).await.reason, Some(ReleaseReason::Shutdown));
+    let report = released(&hold).await;
+    assert_eq!(report.reason, Some(ReleaseReason::Shutdown));
+    assert_eq!(report.cut_total, Some(0), "the next agent holds the stop");
     let later = harness.drains.hold(order(pod("b"), policy())).await;
     assert!(hold.was_taken() && !later.was_taken() && harness.drains.is_stopping());
     assert_eq!(released(&later).await.reason, Some(ReleaseReason::Shutdown));
@@ -152,6 +157,21 @@ async fn without_events_drains_are_untracked() {
         released(&after).await.reason,
         Some(ReleaseReason::Untracked)
     );
+}
+
+#[tokio::test]
+async fn without_events_flows_that_were_seen_hold_until_they_are_gone() {
+    let mut harness = harness(vec![sample(1)]);
+    let hold = harness.drains.hold(order(pod("a"), policy())).await;
+    harness
+        .until_view(|v| v.active.iter().any(|r| r.flows_now.is_some()))
+        .await;
+    harness.events = None;
+    // Longer than an untracked pod is held.
+    let early = timeout(8 * QUIET, hold.released()).await;
+    assert!(early.is_err(), "{early:?}");
+    harness.close_all();
+    assert_eq!(released(&hold).await.reason, Some(ReleaseReason::Drained));
 }
 
 #[tokio::test]

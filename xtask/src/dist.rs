@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
 use crate::{
@@ -19,6 +19,13 @@ const IMAGE: &str = concat!("docker.io/library/ebb:", env!("CARGO_PKG_VERSION"))
 
 /// The binaries: the agent with the command line, and the CRI proxy.
 const BINARIES: [&str; 2] = ["ebb", "ebb-cri-proxy"];
+
+/// The largest size of a binary that is shipped.
+const LARGEST: u64 = 15_000_000;
+
+/// With glibc, and with relative relocations in their short form, which glibc knows since 2.36.
+const STATIC_AND_SMALL: &str =
+    "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs";
 
 /// How to build.
 #[derive(Args)]
@@ -49,7 +56,12 @@ pub(crate) fn build(debug: bool) -> Result<()> {
         build_static()?
     };
     for name in BINARIES {
-        fs::copy(built.join(name), dist.join(name)).with_context(|| format!("copying {name}"))?;
+        let size = fs::copy(built.join(name), dist.join(name))
+            .with_context(|| format!("copying {name}"))?;
+        ensure!(
+            debug || size <= LARGEST,
+            "{name} has {size} bytes, more than {LARGEST}: find what has made it larger"
+        );
     }
     say("building the image");
     let archive = image(&dist, debug)?;
@@ -80,7 +92,7 @@ fn build_static() -> Result<PathBuf> {
         .args(["build", "--locked", "--quiet"])
         .args(BINARIES.iter().flat_map(|name| ["--package", name]))
         .args(["--target", host, "--profile", "dist"])
-        .env(flags, "-C target-feature=+crt-static");
+        .env(flags, STATIC_AND_SMALL);
     run(&mut build)?;
     Ok(target().join(host).join("dist"))
 }

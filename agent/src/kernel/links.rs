@@ -91,6 +91,15 @@ fn why_forwards(links: &[Link], is_forwarding: bool) -> Option<String> {
     None
 }
 
+/// Whether the calling thread's namespace forwards traffic and has entries in its table of connections (conntrack). It has
+/// them only if a rule in it needs them, such as a translation of addresses (`nf_ct_netns_get` in
+/// `net/netfilter/nf_conntrack_proto.c`).
+pub(super) fn forwards_tracked_connections() -> bool {
+    let count = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").ok();
+    let count: Option<u64> = count.and_then(|count| count.trim().parse().ok());
+    is_forwarding() && count.is_some_and(|count| count > 0)
+}
+
 /// Whether the calling thread's namespace forwards IPv4 or IPv6. A missing file means no.
 fn is_forwarding() -> bool {
     ["ipv4/ip_forward", "ipv6/conf/all/forwarding"]

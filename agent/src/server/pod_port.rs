@@ -17,11 +17,13 @@ mod plan;
 use std::{
     collections::{HashMap, HashSet},
     io,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use ebb_core::ids::PodUid;
+use futures_util::FutureExt as _;
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until},
@@ -236,8 +238,11 @@ impl PortListeners {
                 tracing::debug!(pod = %pod.name, "listening on wait port {}", port.number);
                 let (waits, stop) = (Arc::clone(&self.server.waits), self.stop.clone());
                 let (pod, port) = (Arc::clone(pod), port.clone());
+                // After a panic, which is logged, the port is opened again.
+                let serve = listener::serve(listener, waits, pod, until, stop);
+                let serve = AssertUnwindSafe(serve).catch_unwind();
                 self.listeners.spawn(async move {
-                    listener::serve(listener, waits, pod, until, stop).await;
+                    let _ = serve.await;
                     (port, number)
                 });
             }

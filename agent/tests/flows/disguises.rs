@@ -44,6 +44,7 @@ ebb_testkit::trials![
     a_rule_about_ports_that_matches_no_listener_is_ignored_with_a_warning,
     a_connection_that_the_pod_dialled_holds_while_it_is_live_if_the_policy_says_so,
     a_pod_that_routes_traffic_to_another_namespace_is_untracked_and_not_drained,
+    a_pod_that_translates_connections_to_another_node_is_untracked_and_not_a_worker,
     a_pod_that_bridges_traffic_is_untracked_and_waits_for_the_flows_that_it_has,
 ];
 
@@ -411,6 +412,37 @@ fn a_pod_that_routes_traffic_to_another_namespace_is_untracked_and_not_drained()
         let report = untracked(&driver, &scope)?;
         let detail = report.detail.clone().unwrap_or_default();
         ensure!(detail.contains("inner0"), "{detail}");
+        drop(accepted);
+        driver.lost_nothing()
+    })
+}
+
+fn a_pod_that_translates_connections_to_another_node_is_untracked_and_not_a_worker() -> Result<()> {
+    let pod = Linked::new()?;
+    let client = sockets::unconnected()?;
+    let driver = TestDriver::new()?;
+    // As k3s' svclb: the pod has one link, and no process in it listens.
+    let elsewhere = listener_with((pod.host_v4(), 0).into(), 16, libc::IPPROTO_TCP, |_| Ok(()))?;
+    let to = elsewhere.local_addr()?;
+    pod.namespace.run(|| {
+        sysctl("ipv4/ip_forward", "1")?;
+        iptables(&format!(
+            "-A PREROUTING -p tcp --dport 8080 -j DNAT --to-destination {to}"
+        ))?;
+        iptables("-A POSTROUTING -j MASQUERADE")
+    })?;
+    rustix::net::connect(&client, &SocketAddr::from((pod.v4(), 8080)))?;
+    let (accepted, _) = elsewhere.accept()?;
+    pod.namespace.run(|| {
+        let scope = scope_of_this_thread()?;
+        let dump = kernel::wait(driver.tracker.dump(&scope))?;
+        ensure!(dump.samples.is_empty(), "{:?}", dump.samples);
+        let report = untracked(&driver, &scope)?;
+        let detail = report.detail.clone().unwrap_or_default();
+        ensure!(detail.contains("tracks connections"), "{detail}");
+        // A server with rules of its own, as in a mesh, has its sockets.
+        let _server = listener_with((pod.v4(), 9090).into(), 16, libc::IPPROTO_TCP, |_| Ok(()))?;
+        drained(&kernel::wait(driver.drains.hold(order(1, &scope))))?;
         drop(accepted);
         driver.lost_nothing()
     })

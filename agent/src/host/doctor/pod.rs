@@ -115,14 +115,7 @@ async fn containers(
     let mut checks = Vec::new();
     let first_pid = running.iter().find_map(|(_, facts)| facts.pid);
     for (container, facts) in running {
-        let of_image = facts.image_signal;
-        let (signal, source) = match (facts.stop_signal, of_image) {
-            (Some(signal), image) if signal != image.as_deref().unwrap_or("SIGTERM") => {
-                (signal, SignalSource::Pod)
-            }
-            (_, Some(image)) => (image, SignalSource::Image),
-            (_, None) => ("SIGTERM".into(), SignalSource::Default),
-        };
+        let (signal, source) = stop_signal(facts.stop_signal, facts.image_signal);
         checks.push(advice::check(&StopFacts {
             container: container.name.clone(),
             has_siblings: pod.containers.len() > 1,
@@ -182,5 +175,47 @@ async fn facts(proc: &Path, cri: &Cri, container: &ContainerView) -> ContainerFa
         hook: status.annotations.get(PRE_STOP).cloned(),
         ports: status.annotations.get(PORTS).cloned(),
         environment: environment(&answer.info),
+    }
+}
+
+/// The signal that stops a container, and where it comes from. The runtime's status of the container names the signal in
+/// force; if that is not the image's, it is the pod's `lifecycle.stopSignal` (KEP-4960).
+fn stop_signal(in_force: Option<String>, of_image: Option<String>) -> (String, SignalSource) {
+    match (in_force, of_image) {
+        (Some(signal), image) if signal != image.as_deref().unwrap_or("SIGTERM") => {
+            (signal, SignalSource::Pod)
+        }
+        (_, Some(image)) => (image, SignalSource::Image),
+        (_, None) => ("SIGTERM".into(), SignalSource::Default),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_is_not_the_images_is_that_of_the_pod() {
+        for (in_force, of_image, signal, source) in [
+            (None, None, "SIGTERM", SignalSource::Default),
+            (Some("SIGTERM"), None, "SIGTERM", SignalSource::Default),
+            (None, Some("SIGQUIT"), "SIGQUIT", SignalSource::Image),
+            (
+                Some("SIGQUIT"),
+                Some("SIGQUIT"),
+                "SIGQUIT",
+                SignalSource::Image,
+            ),
+            (
+                Some("SIGUSR1"),
+                Some("SIGQUIT"),
+                "SIGUSR1",
+                SignalSource::Pod,
+            ),
+            (Some("SIGUSR1"), None, "SIGUSR1", SignalSource::Pod),
+        ] {
+            let found = stop_signal(in_force.map(Into::into), of_image.map(Into::into));
+            assert_eq!(found, (signal.to_owned(), source));
+        }
     }
 }

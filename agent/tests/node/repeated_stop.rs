@@ -247,7 +247,14 @@ async fn agent_stopped(scene: Scene) -> Result<()> {
     let peer = Peer::served(pod.v4(8080)?).await?;
     let call = stop_container(&scene, &proxy.socket, &pod)?;
     let begun = first.until_draining("handed-over").await?;
+    let log = first.log();
     first.stop().await?;
+    // The next agent holds the stop, so no connection is reported as cut.
+    let log = std::fs::read_to_string(log)?;
+    ensure!(
+        log.contains("DrainReleased: shutdown") && !log.contains(" cut"),
+        "{log}"
+    );
     sleep(2 * SECOND).await;
     ensure!(!call.is_finished(), "forwarded without an agent");
     // Without --hold-unknown it can't tell that the pod is ending, but the first agent could.

@@ -6,7 +6,7 @@
 //! [`terminal`] runs a program in a pseudo-terminal.
 //! Nothing here depends on ebb, because this crate is the reference for ebb's tests.
 //!
-//! Test suites that need no node use [`trial`], [`namespace`] and [`cgroup`].
+//! Test suites that need no node use [`trial`], [`namespace`], [`cgroup`] and [`proc_net`].
 //!
 //! A program uses it like this:
 //!
@@ -37,6 +37,7 @@ pub mod kubelet;
 pub mod namespace;
 mod node;
 pub mod parts;
+pub mod proc_net;
 mod runc;
 pub mod sandbox;
 pub mod terminal;

@@ -11,11 +11,12 @@ use ebb_core::flow::FlowState::{Active, Backlog, Flushing, Idle};
 use ebb_testkit::{
     cgroup::Cgroup,
     namespace::{Namespace, sysctl},
+    proc_net,
 };
 
 use crate::support::{
     cgroup::id_of,
-    kernel, proc_net, raw,
+    kernel, raw,
     sockets::{self, pair, read_to_end, write_bytes},
     worker::Worker,
     world::{World, world},

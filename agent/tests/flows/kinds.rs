@@ -10,11 +10,10 @@ use ebb_core::flow::{
     Direction,
     FlowState::{Active, Backlog},
 };
-use ebb_testkit::namespace::sysctl;
+use ebb_testkit::{namespace::sysctl, proc_net::Row};
 
 use crate::support::{
     multipath,
-    proc_net::Row,
     sockets::{ANY_PORT, destroy, dial, listener_with, read_bytes, write_bytes},
     world::{TIMEOUT, World, world},
 };

@@ -19,12 +19,13 @@ use ebb_core::{
     policy::Policy,
     scope::Scope,
 };
+use ebb_testkit::proc_net;
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::support::{
     kernel,
     link::Linked,
-    proc_net, raw,
+    raw,
     sockets::{self, dial, listener_with},
     world::scope_of_this_thread,
 };

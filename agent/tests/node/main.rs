@@ -30,7 +30,6 @@ mod peer;
 mod pod_gone;
 mod pods;
 mod probe;
-mod proc_net;
 mod refuse;
 mod repeated_stop;
 mod runtime;

@@ -15,6 +15,7 @@ use ebb_protocol::views::PodView;
 use ebb_testkit::{
     http,
     kubelet::{ContainerSpec, PodSpec, StartedPod},
+    proc_net,
 };
 use libtest_mimic::Trial;
 use tokio::time::{sleep, timeout};
@@ -23,7 +24,6 @@ use crate::{
     agent::Agent,
     hold::stop,
     peer::Peer,
-    proc_net,
     scene::{FIXTURE, SECOND, SOON, Scene, eventually, server, trial},
 };
 

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use ebb_testkit::{
     Node, http,
     kubelet::{ContainerSpec, Kubelet, PodSpec, StartedPod},
+    proc_net,
 };
 use libtest_mimic::Trial;
 use tokio::{
@@ -22,7 +23,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::{ALONE, proc_net};
+use crate::ALONE;
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 

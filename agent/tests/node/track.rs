@@ -10,14 +10,16 @@ use ebb_core::{
     ids::NetnsInode,
 };
 use ebb_protocol::views::FlowView;
-use ebb_testkit::kubelet::{ExecOutput, Kubelet, PodSpec, StartedContainer, StartedPod};
+use ebb_testkit::{
+    kubelet::{ExecOutput, Kubelet, PodSpec, StartedContainer, StartedPod},
+    proc_net,
+};
 use libtest_mimic::Trial;
 use tokio::task::JoinHandle;
 
 use crate::{
     agent::Agent,
     peer::{Peer, SilentServer},
-    proc_net,
     scene::{FIXTURE, NODE_V4, NODE_V6, SECOND, Scene, eventually, free_port, server, trial},
 };
 

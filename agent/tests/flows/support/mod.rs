@@ -4,7 +4,6 @@ pub(crate) mod cgroup;
 pub(crate) mod kernel;
 pub(crate) mod link;
 pub(crate) mod multipath;
-pub(crate) mod proc_net;
 pub(crate) mod raw;
 pub(crate) mod sockets;
 pub(crate) mod ss;

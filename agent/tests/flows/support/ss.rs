@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::proc_net::Row;
+use ebb_testkit::proc_net::Row;
 
 /// All TCP sockets of the calling thread's namespace.
 pub(crate) fn rows() -> Result<Vec<Row>> {

@@ -20,15 +20,12 @@ use ebb_core::{
 };
 use ebb_testkit::{
     namespace::Namespace,
+    proc_net::{self, Row},
     trial::{scaled, step},
 };
 use rustix::thread::gettid;
 
-use super::{
-    cgroup, kernel,
-    proc_net::{self, Row},
-    sockets, ss,
-};
+use super::{cgroup, kernel, sockets, ss};
 
 /// Long enough for two retransmissions of a SYN.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(8);

@@ -38,7 +38,7 @@ enum Verb {
     Bench(bench::BenchOptions),
     /// Run all checks and tests. Takes test name filters.
     Test(test::TestOptions),
-    /// Run the tests that face the kernel on other kernels, in virtual machines. Takes test name filters.
+    /// Run the tests that depend on the kernel on other kernels, in virtual machines. Takes test name filters.
     Vmtest(vmtest::VmtestOptions),
     /// Build the static binaries and the image with them.
     Dist(dist::DistOptions),

@@ -107,7 +107,7 @@ const MORE_PARTS: &[Package] = &[
     ("prometheus", "usr/bin/promtool"),
     ("wrk", "usr/bin/wrk"),
     ("libluajit-5.1-2", "usr/share/doc/libluajit-5.1-2/copyright"),
-    // Inits, runtimes and servers whose stops `ebb doctor` foretells.
+    // Inits, runtimes and servers whose stops `ebb doctor` predicts.
     ("tini", "usr/bin/tini"),
     ("dumb-init", "usr/bin/dumb-init"),
     ("catatonit", "usr/bin/catatonit"),

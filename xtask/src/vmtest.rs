@@ -1,4 +1,4 @@
-//! `cargo xtask vmtest`: the tests that face the kernel, on other kernels in virtual machines.
+//! `cargo xtask vmtest`: the tests that depend on the kernel, on other kernels in virtual machines.
 //!
 //! The kernels come from Debian's suites ([`crate::setup::kernels`]). qemu emulates the processor, because machines may
 //! lack KVM. A guest is fifteen to twenty-five times slower than its host. It has only an initramfs ([`image`]): the

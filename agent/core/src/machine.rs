@@ -1,4 +1,4 @@
-//! The drain state machine: what happened and when in, what to do out. No I/O, no clock.
+//! The drain state machine. It takes events and the time, and returns the next action. No I/O, no clock.
 //!
 //! ```text
 //!            silence, or settle_max        a snapshot agrees
@@ -10,12 +10,13 @@
 //!     └── `ebb release`, the agent stops ───────────────────► Released(manual, shutdown)
 //! ```
 //!
-//! Events are for speed: they say when a snapshot is worth its cost. The machine releases a drain as drained only after
-//! a snapshot that shows no flow in the way, and only if no flow is known to have opened since that snapshot was begun.
-//! What ebb cannot see never counts as nothing.
+//! Events are for speed: they show when to ask for a snapshot. The machine releases a drain as drained only after a
+//! snapshot that shows no flow in the way, and only if no flow is known to have opened since that snapshot was begun.
+//! Unknown never counts as zero.
 //!
-//! A snapshot is a dump, or a round of lookups of the few flows that matter: those believed open, and those whose end
-//! only an event has reported. Lookups build on a dump, and count only if no event since is outstanding or lost.
+//! A snapshot is a dump, or a round of lookups of the few flows that matter: those that the machine counts as open, and
+//! those whose end only an event has reported. Lookups build on a dump, and count only if no event since is outstanding
+//! or lost.
 
 mod closing;
 mod event;
@@ -56,13 +57,14 @@ use crate::{
     policy::{DrainMode, Policy, PortsInUse, Until},
 };
 
-/// As many flows as are looked up one by one at most, which is one request to the kernel; with more, a dump.
+/// The most flows that are looked up one by one, which is one request to the kernel. With more, a dump is made.
 const FEW: usize = 64;
-/// How long before the deadline the last dump is made, so that what is reported as cut is what is cut.
+/// How long before the deadline the last dump is made, so that the report names the flows that are cut.
 const FINAL_DUMP: Duration = Duration::from_millis(200);
 /// How often a dump is made while flows hold and nothing happens: for the report, and because events also arrive of
 /// flows that only a dump shows to be exempt.
 const RESYNC: Duration = Duration::from_secs(5);
+
 /// One drain.
 #[derive(Debug)]
 pub struct Machine {
@@ -139,11 +141,11 @@ impl Machine {
         }
     }
 
-    /// Takes in what happened and says what to do now, if anything. Call it again no later than
+    /// Takes an event, and returns the next action, if there is one. Call it again no later than
     /// [`next_wake`](Self::next_wake).
     ///
-    /// Events must be given before a snapshot that was begun after them: what the kernel had reported by then
-    /// decides what a snapshot is worth.
+    /// Pass events before a snapshot that was begun after them: the machine checks a snapshot against the events that
+    /// the kernel had reported by then.
     pub fn step(&mut self, event: Event, now: BootTime) -> Option<Action> {
         if self.released.is_some() {
             return None;
@@ -277,12 +279,12 @@ impl Machine {
         &self.policy
     }
 
-    /// What the application has been told.
+    /// The notifications that were sent to the application.
     pub fn notified(&self) -> &Notified {
         &self.notifying.notified
     }
 
-    /// An earlier drain of the same end of the pod has told the application this. It is not told again.
+    /// An earlier drain of the same end of the pod has sent these notifications. They are not sent again.
     pub fn set_notified(&mut self, notified: Notified) {
         self.notifying.notified = notified;
     }
@@ -318,7 +320,7 @@ impl Machine {
         self.settle.still_arriving()
     }
 
-    /// The peers that make it so: those who had not been quiet for `quiet` when settle was over, or came later.
+    /// Their peers: those that had not been quiet for `quiet` when settle was over, or that connected later.
     pub fn still_connecting(&self) -> Vec<LatePeer> {
         self.stats.late_peers(self.settle.late_since())
     }
@@ -333,7 +335,7 @@ impl Machine {
     pub fn report(&self, now: BootTime) -> Report {
         let would_release = self.observation.as_ref().and_then(|o| o.would_release);
         let end = self.released.or(would_release).map_or(now, |(_, at)| at);
-        // What events have told is known also without a snapshot; that there was nothing is not.
+        // Without a snapshot, counts from events are known, but a count of zero is not.
         let has_read = self.stats.last_taken_at().is_some();
         let known = |n: u32| (has_read || n > 0).then_some(n);
         let (cut, cut_total) = match self.released {
@@ -415,7 +417,7 @@ impl Machine {
         }
     }
 
-    /// Takes in a snapshot, and says whether it shows that nothing is in the way.
+    /// Takes in a snapshot. True if it shows that no flow is in the way.
     fn take_in(&mut self, snapshot: Snapshot, now: BootTime) -> bool {
         if self
             .stats
@@ -486,7 +488,7 @@ impl Machine {
         }
     }
 
-    /// Takes in what lookups have shown, and says whether it shows that nothing is in the way.
+    /// Takes in the result of lookups. True if it shows that no flow is in the way.
     fn looked_up(&mut self, found: Snapshot, now: BootTime) -> bool {
         self.requests.looked_up(now);
         let cookies = lookups::cookies(&found);
@@ -506,7 +508,7 @@ impl Machine {
 
     fn dump_failed(&mut self, why: String, now: BootTime) {
         self.requests.dumped(now, None);
-        // What it was to find out is still to be found out.
+        // The question that this dump was for is still open.
         self.requests.want(DumpReason::Retry);
         // Flows that were seen, or announced, do not end because dumps fail: only the deadline ends their drain.
         if self.requests.given_up() && !self.flows.blocked() {
@@ -558,7 +560,7 @@ impl Machine {
             if self.policy.until == Until::Settled {
                 return self.release_drained(now);
             }
-            // The picture of this phase comes with its first snapshot.
+            // The first snapshot of the drain phase adds its counts.
             self.phase = Phase::Drain;
             self.revision += 1;
             self.emptied_by = None;
@@ -601,7 +603,7 @@ impl Machine {
 
     /// The next dump or lookup; `None` if none is of use.
     fn next_request(&self) -> Option<Due> {
-        // No snapshot ends the drain while the application is being told.
+        // No snapshot ends the drain while a notification is under way.
         let is_paused = self.phase == Phase::Drain && self.notifying.is_under_way();
         if self.untracked.is_some() || is_paused {
             return None;
@@ -617,8 +619,8 @@ impl Machine {
         schedule.next()
     }
 
-    /// The idle flows to close now, one round at a time. Not before the settle phase is over: their clients do not know
-    /// better yet and would reconnect to this pod.
+    /// The idle flows to close now, one round at a time. Not before the settle phase is over: until then their clients
+    /// may still reach this pod, and would reconnect to it.
     fn idle_to_close(&mut self, now: BootTime) -> Option<Action> {
         if self.phase != Phase::Drain || !self.idleness.closes() {
             return None;

@@ -43,7 +43,7 @@ impl PodEnd {
         match (self.deleted, later.deleted) {
             // A pod is deleted once.
             (Some(_), _) => true,
-            // What began before the deletion was for the restart of a container.
+            // A drain that began before the deletion was for the restart of a container.
             (None, Some(deleted)) => started + REPORTED_WITHIN >= deleted && same_sandbox,
             (None, None) => {
                 let is_unknown = self.containers.is_empty();
@@ -53,7 +53,7 @@ impl PodEnd {
         }
     }
 
-    /// Adds what another hold of the same end knows.
+    /// Adds the facts of another hold of the same end.
     pub fn add(&mut self, other: Self) {
         self.is_stop |= other.is_stop;
         self.deleted = self.deleted.or(other.deleted);

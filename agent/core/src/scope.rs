@@ -14,6 +14,6 @@ pub enum Scope {
     },
     /// In the host's network namespace: the sockets that processes of these cgroups made.
     HostNetwork(Vec<CgroupId>),
-    /// ebb can't see them; the text says why.
+    /// ebb can't see them, for this reason.
     Untracked(String),
 }

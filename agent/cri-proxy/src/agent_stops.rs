@@ -1,7 +1,7 @@
-//! Whether the last agent has said that it stops, so that another agent is likely to start soon.
+//! Whether the last agent has announced its stop, so that another agent is likely to start soon.
 //!
-//! An agent says so in two ways: `release: shutdown` ends the holds that it has, and a note beside its socket
-//! ([`stop_note`]) tells the calls that arrive when it is gone. An agent that crashes says nothing, and may not come
+//! An agent announces its stop in two ways: `release: shutdown` ends the holds that it has, and a note beside its socket
+//! ([`stop_note`]) is for the calls that arrive when it is gone. An agent that crashes does neither, and may not come
 //! back.
 
 use std::{
@@ -16,12 +16,12 @@ use std::{
 use ebb_core::clock::BootTime;
 use ebb_protocol::hold::{read_stop_note, stop_note};
 
-/// The last time that an agent said that it stops.
+/// The last time that an agent announced its stop.
 #[derive(Clone, Debug)]
 pub(crate) struct AgentStops {
     note: PathBuf,
-    /// When a message said so, in nanoseconds since boot; zero if none did.
-    told: Arc<AtomicU64>,
+    /// When the last message did so, in nanoseconds since boot; zero if none did.
+    last_message: Arc<AtomicU64>,
 }
 
 impl AgentStops {
@@ -29,16 +29,17 @@ impl AgentStops {
     pub(crate) fn new(agent: &Path) -> Self {
         Self {
             note: stop_note(agent),
-            told: Arc::default(),
+            last_message: Arc::default(),
         }
     }
 
-    /// Records that the agent has said so at `now`, in a message.
+    /// Records that the agent has announced its stop at `now`, in a message.
     pub(crate) fn record(&self, now: BootTime) {
-        self.told.fetch_max(now.as_nanos(), Ordering::Relaxed);
+        self.last_message
+            .fetch_max(now.as_nanos(), Ordering::Relaxed);
     }
 
-    /// Until when a call waits for the next agent, if the last one said less than `within` ago that it stops.
+    /// Until when a call waits for the next agent, if the last one announced its stop less than `within` ago.
     pub(crate) async fn wait_until(&self, within: Duration) -> Option<BootTime> {
         if within.is_zero() {
             return None;
@@ -49,8 +50,8 @@ impl AgentStops {
         let now = BootTime::now();
         // A note that is ahead of the clock is from before the last boot.
         let noted = noted.ok().flatten().filter(|noted| *noted <= now);
-        let told = Some(self.told.load(Ordering::Relaxed)).filter(|told| *told > 0);
-        let last = noted.max(told.map(BootTime::from_nanos))?;
+        let last_message = Some(self.last_message.load(Ordering::Relaxed)).filter(|at| *at > 0);
+        let last = noted.max(last_message.map(BootTime::from_nanos))?;
         Some(last + within).filter(|until| *until > now)
     }
 }

@@ -102,7 +102,7 @@ impl ClientConnection {
         reply
     }
 
-    /// Holds a stop call if the agent says so, and returns the request to forward.
+    /// Holds a stop call if the agent decides so, and returns the request to forward.
     async fn hold(
         &self,
         request: Request<Incoming>,

@@ -1,4 +1,4 @@
-//! Holds one stop call as long as the agent wants, and forwards it if the agent fails.
+//! Holds one stop call until the agent releases it, and forwards it if the agent fails.
 //!
 //! ```text
 //!  request_hold ── no agent, forward, bad message, no answer in 2.5 s ──► forward untouched, or, if that
@@ -15,7 +15,7 @@
 //! (`agent_stops`). Usually another agent starts within seconds, so the proxy keeps the call. If the agent closes the
 //! connection without a message and leaves no note, it has crashed, and may not come back: the proxy forwards the call.
 //!
-//! A StopPodSandbox that finds no agent is forwarded all the same. The kubelet calls it when the pod's containers have
+//! A StopPodSandbox that finds no agent is forwarded even then. The kubelet calls it when the pod's containers have
 //! stopped, and the next agent may start only when the sandbox of the last one is gone.
 //!
 //! No path returns an error: when StopContainer fails, the kubelet calls StopPodSandbox, which kills the containers.
@@ -95,7 +95,7 @@ enum HoldEnd {
     AgentGone,
     /// The agent's message is not valid.
     BadMessage,
-    /// The call's own timeouts allow no longer hold, whatever the agent says.
+    /// The call's own timeouts allow no longer hold, even if the agent does.
     Limit,
     /// This proxy stops.
     ProxyShutdown,
@@ -163,8 +163,8 @@ impl HoldClient {
         );
     }
 
-    /// Holds `call`, which arrived at `arrived` as part of the trace `traceparent`, as long as the agent wants and the time budget allows. Dropping the
-    /// future cancels the hold.
+    /// Holds `call`, which arrived at `arrived` as part of the trace `traceparent`, until the agent releases it or the
+    /// time budget ends. Dropping the future cancels the hold.
     pub(crate) async fn hold(
         &self,
         call: &StopCall,

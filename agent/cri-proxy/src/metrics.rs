@@ -72,7 +72,7 @@ pub(crate) enum CallOutcome {
     Ok,
     /// The runtime answered with an error.
     Error,
-    /// The caller got UNAVAILABLE: the runtime could not be reached or was lost during the call, or said so itself.
+    /// The caller got UNAVAILABLE: the runtime could not be reached, was lost during the call, or returned it itself.
     Unavailable,
     /// The runtime reset the stream.
     Reset,
@@ -117,7 +117,7 @@ struct CounterState {
 
 impl ProxyCounters {
     fn lock(&self) -> MutexGuard<'_, CounterState> {
-        // Counters are valid whatever panicked.
+        // Counters stay valid after a panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

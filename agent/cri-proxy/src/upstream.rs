@@ -27,11 +27,11 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 pub(crate) struct Upstream {
     socket: PathBuf,
     /// Locked during a connect, not during calls.
-    link: Mutex<Link>,
+    connection: Mutex<RuntimeConnection>,
 }
 
 #[derive(Debug, Default)]
-struct Link {
+struct RuntimeConnection {
     sender: Option<SendRequest<RequestBody>>,
     failed: Option<Failed>,
 }
@@ -57,7 +57,7 @@ impl Upstream {
     pub(crate) fn new(socket: PathBuf) -> Self {
         Self {
             socket,
-            link: Mutex::default(),
+            connection: Mutex::default(),
         }
     }
 
@@ -103,34 +103,34 @@ impl Upstream {
     }
 
     async fn sender(&self) -> Result<SendRequest<RequestBody>, Unreachable> {
-        let mut link = self.link.lock().await;
-        if let Some(sender) = link.sender.as_ref().filter(|s| !s.is_closed()) {
+        let mut runtime = self.connection.lock().await;
+        if let Some(sender) = runtime.sender.as_ref().filter(|s| !s.is_closed()) {
             return Ok(sender.clone());
         }
-        link.sender = None;
-        if let Some(failed) = &link.failed
+        runtime.sender = None;
+        if let Some(failed) = &runtime.failed
             && failed.at.elapsed() < failed.pause
         {
             return Err(self.unreachable(failed.why.clone()));
         }
         match self.connect().await {
             Ok(sender) => {
-                if link.failed.take().is_some() {
+                if runtime.failed.take().is_some() {
                     debug!(socket = %self.socket.display(), "the container runtime is back");
                 }
-                link.sender = Some(sender.clone());
+                runtime.sender = Some(sender.clone());
                 Ok(sender)
             }
             Err(error) => {
-                let pause = link
+                let pause = runtime
                     .failed
                     .as_ref()
                     .map_or(FIRST_PAUSE, |f| (f.pause * 2).min(LONGEST_PAUSE));
-                if link.failed.is_none() {
+                if runtime.failed.is_none() {
                     warn!(socket = %self.socket.display(), %error, "can't reach the container runtime");
                 }
                 let why = error.to_string();
-                link.failed = Some(Failed {
+                runtime.failed = Some(Failed {
                     at: Instant::now(),
                     pause,
                     why: why.clone(),
@@ -181,12 +181,12 @@ mod tests {
         let mut tries = Vec::new();
         while started.elapsed() < Duration::from_millis(1500) {
             assert!(runtime.sender().await.is_err());
-            let link = runtime.link.lock().await;
-            let at = link.failed.as_ref().map(|failed| failed.at);
+            let connection = runtime.connection.lock().await;
+            let at = connection.failed.as_ref().map(|failed| failed.at);
             if tries.last() != Some(&at) {
                 tries.push(at);
             }
-            drop(link);
+            drop(connection);
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         // At 0, 20, 60, 140, 300, 620 and 1,120 ms.

@@ -159,8 +159,8 @@ pub struct FlowView {
     pub local: SocketAddr,
     /// The peer.
     pub remote: SocketAddr,
-    /// Who has the peer's address: `NAMESPACE/NAME` of a pod of this node, or `node`: the node itself or a pod on its
-    /// network. Absent for others.
+    /// The owner of the peer's address: `NAMESPACE/NAME` of a pod of this node, or `node`: the node itself or a pod on
+    /// its network. Absent for others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Arc<str>>,
     /// Time since it was opened. Absent if not known.

@@ -12,8 +12,7 @@
 //!     the holds       CLI, metrics     log line, Event
 //! ```
 //!
-//! It sleeps until something arrives or a machine wants to be woken; with no drain under way it does
-//! nothing at all.
+//! It sleeps until something arrives or until the next wake of a machine. Without a drain, it only sleeps.
 
 mod actions;
 mod active;
@@ -65,7 +64,7 @@ const VIEW_PACE: Duration = Duration::from_millis(100);
 pub struct Drains<K> {
     kernel: Arc<K>,
     events: mpsc::Receiver<KernelEvent>,
-    /// Why no events can come any more.
+    /// Why no more events arrive.
     blind: Option<String>,
     commands: mpsc::UnboundedReceiver<Command>,
     /// Weak, so that the driver ends with the last handle and hold.
@@ -73,7 +72,7 @@ pub struct Drains<K> {
     answers: mpsc::UnboundedReceiver<Answer>,
     answers_in: mpsc::UnboundedSender<Answer>,
     notices: mpsc::UnboundedSender<DrainNotice>,
-    /// Tells applications; without one, they can't be told.
+    /// Sends notifications to applications; without one, they fail.
     notifier: Option<Arc<dyn Notifier>>,
     view: watch::Sender<Arc<DrainsView>>,
     history: History,
@@ -85,7 +84,7 @@ pub struct Drains<K> {
     published: Instant,
 }
 
-/// What of the view has changed since it was published.
+/// Which part of the view has changed since it was published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Changed {
     Nothing,
@@ -105,7 +104,7 @@ impl<K: Kernel> Drains<K> {
         Self::spawn_with(kernel, events, journal, notices, None)
     }
 
-    /// Like [`Drains::spawn`], with what tells applications of their drains.
+    /// Like [`Drains::spawn`], with the sender of notifications to applications.
     pub fn spawn_with(
         kernel: Arc<K>,
         events: mpsc::Receiver<KernelEvent>,
@@ -182,7 +181,7 @@ impl<K: Kernel> Drains<K> {
                     Some(Command::Shutdown) | None => break,
                 },
                 Some(Answer { drain, outcome }) = self.answers.recv() => {
-                    // What an answer proves depends on the events that came before it: take those in first.
+                    // Take in earlier events first: an answer counts only after them.
                     self.take_in_events();
                     match outcome {
                         Outcome::Event(event) => self.step(drain, event),
@@ -192,7 +191,7 @@ impl<K: Kernel> Drains<K> {
                         }
                         Outcome::Dumped(dumped) => self.dumped(drain, dumped),
                         Outcome::Lookups(lookups) => self.looked_up(drain, lookups),
-                        Outcome::Overdue(owed) => self.overdue(drain, owed),
+                        Outcome::Overdue(awaited) => self.overdue(drain, awaited),
                     }
                 }
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {

@@ -8,7 +8,7 @@ use tracing::warn;
 
 use crate::drains::journal::{Beginning, Journal, JournalError};
 
-/// Beginnings by pod. A journal that fails costs no more than its entries: it never stops a hold.
+/// Beginnings by pod. If the journal fails, only its entries are lost: it never stops a hold.
 pub(super) struct History {
     beginnings: HashMap<PodUid, Beginning>,
     writer: Option<mpsc::UnboundedSender<(PodUid, Option<Beginning>)>>,
@@ -59,8 +59,8 @@ impl History {
         }
     }
 
-    /// Forgets the pods that the runtime does not list any more, once their drains are a while ago: their calls may still
-    /// be repeated.
+    /// Removes the pods that the runtime does not list any more and whose drains are not recent. The kubelet may repeat
+    /// the calls of recent ones.
     pub(super) fn retain_pods(&mut self, listed: impl Fn(&PodUid) -> bool, now: BootTime) {
         let gone =
             |(uid, beginning): &(&PodUid, &Beginning)| !listed(uid) && !beginning.is_recent(now);
@@ -82,31 +82,31 @@ impl History {
     }
 }
 
-/// Writes entries one after the other, so that the last one of a pod is the one that stays.
+/// Writes entries one after the other, so that the last one of a pod stays.
 async fn write(
     journal: Arc<Journal>,
     mut entries: mpsc::UnboundedReceiver<(PodUid, Option<Beginning>)>,
 ) {
-    let mut trouble = Trouble::default();
+    let mut failures = WriteFailures::default();
     while let Some((uid, beginning)) = entries.recv().await {
         let journal = journal.clone();
         let written = spawn_blocking(move || match beginning {
             Some(beginning) => keep(&journal, &uid, beginning, BootTime::now()),
             None => journal.forget(&uid),
         });
-        // A task that panicked has said so itself.
+        // The panic hook has printed the panic.
         let Ok(written) = written.await else { continue };
-        if let Some(error) = trouble.record(written) {
+        if let Some(error) = failures.record(written) {
             let error = &error as &dyn std::error::Error;
             warn!(
                 error,
-                "can't journal a drain; after a restart its holds would begin anew"
+                "can't journal a drain; after a restart its holds would get a new deadline"
             );
         }
     }
 }
 
-/// Removes what is over and writes one entry, in this order: on a full disk the one makes room for the other.
+/// Removes expired entries and writes one, in this order: on a full disk, the removal frees space for the entry.
 fn keep(
     journal: &Journal,
     uid: &PodUid,
@@ -118,14 +118,14 @@ fn keep(
     pruned
 }
 
-/// Whether the last entry could be written.
+/// Whether the last write failed.
 #[derive(Default)]
-struct Trouble {
+struct WriteFailures {
     is_known: bool,
 }
 
-impl Trouble {
-    /// What there is to say of an outcome: the first failure, and the first one after it went well again.
+impl WriteFailures {
+    /// Returns the error of the first failure in a row.
     fn record<E>(&mut self, outcome: Result<(), E>) -> Option<E> {
         let known = std::mem::replace(&mut self.is_known, outcome.is_err());
         outcome.err().filter(|_| !known)
@@ -168,13 +168,13 @@ mod tests {
 
     #[test]
     fn a_failure_is_logged_once_and_again_after_a_success() {
-        let mut trouble = Trouble::default();
+        let mut failures = WriteFailures::default();
         let outcomes = [Ok(()), Err(1), Err(2), Ok(()), Ok(()), Err(3), Err(4)];
-        let told: Vec<_> = outcomes
-            .map(|o| trouble.record(o))
+        let logged: Vec<_> = outcomes
+            .map(|o| failures.record(o))
             .into_iter()
             .flatten()
             .collect();
-        assert_eq!(told, [1, 3]);
+        assert_eq!(logged, [1, 3]);
     }
 }

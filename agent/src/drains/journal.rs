@@ -1,14 +1,14 @@
 //! Remembers on disk when a pod's drain began, so that a hold repeated after a restart of the agent goes
 //! on with its first deadline instead of a new one.
 //!
-//! One small JSON file per pod. Nothing is flushed to the disk by force: what a crash of the node loses is
-//! of another boot, and would not be believed anyway. All times are on the boot-time clock, which cannot
-//! be set, so a wall clock that jumps changes nothing. The one clock that can disagree is that of another time
-//! namespace (`time_namespaces(7)`): what begins in the future is not believed either.
+//! One small JSON file per pod. Nothing is flushed to the disk by force: a crash of the node starts a new boot, and the
+//! agent ignores entries of other boots. All times are on the boot-time clock, which cannot be set, so a wall clock that
+//! jumps changes nothing. Only a clock of another time namespace (`time_namespaces(7)`) can disagree: the agent ignores
+//! entries that begin in the future, too.
 //!
-//! A hold does not wait for its entry: a disk that hangs must not keep the agent from answering in time. An
-//! agent that is killed in the moment between the two forgets that beginning, and a stop that is repeated is
-//! held as the first one would have been had it come then. Its own timeout bounds it all the same.
+//! A hold does not wait for its entry: a disk that hangs must not keep the agent from answering in time. If the agent is
+//! killed before the entry is written, the beginning is lost. A repeated stop is then held with a new deadline, within
+//! its own timeout.
 
 use std::{
     collections::HashMap,
@@ -28,15 +28,15 @@ use tracing::{debug, warn};
 use crate::linux::{boot_id::boot_id, files};
 
 /// How long after its release (or its deadline, if the release is not recorded) a drain still belongs to the
-/// same termination. The kubelet retries a failed kill after 10 to 15 s. What comes later is another
-/// termination: a preStop wait runs for the restart of a container too, and the pod lives on.
+/// same termination. The kubelet retries a failed kill after 10 to 15 s. A later hold is for another termination: a
+/// preStop wait also runs for the restart of a container, and the pod lives on.
 pub(super) const KEEP: Duration = if cfg!(test) {
     Duration::from_secs(2)
 } else {
     Duration::from_secs(60)
 };
 
-/// A beginning could not be written down or read.
+/// A beginning could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The UID would not be safe as a file name.
@@ -45,11 +45,11 @@ pub enum JournalError {
     /// A file could not be read or written.
     #[error("can't {doing} {}", .path.display())]
     Io {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -68,7 +68,7 @@ pub struct Beginning {
     /// Which end of the pod it is for.
     #[serde(default)]
     pub end: PodEnd,
-    /// What the application has been told, which is not repeated.
+    /// The notifications that were sent, which are not repeated.
     #[serde(default, skip_serializing_if = "Notified::is_nothing")]
     pub notified: Notified,
 }
@@ -79,7 +79,7 @@ impl Beginning {
         self.end.includes(later, self.started, self.is_recent(now))
     }
 
-    /// Whether no hold can continue it. That of a final end may be continued for as long as the pod exists.
+    /// Whether no hold can continue it. Holds may continue the beginning of a final end for as long as the pod exists.
     pub fn is_over(&self, now: BootTime) -> bool {
         !self.end.is_final() && !self.is_recent(now)
     }
@@ -105,8 +105,8 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal in `dir`, which is made if need be, for its owner only. Fails if it can't be
-    /// made, or if the kernel does not tell its boot id.
+    /// Opens the journal in `dir`, and makes that directory if it does not exist, for its owner only. Fails if it can't
+    /// be made, or if the boot id can't be read.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, JournalError> {
         let dir = dir.into();
         fs::DirBuilder::new()
@@ -118,8 +118,8 @@ impl Journal {
         Ok(Self { dir, boot_id })
     }
 
-    /// All beginnings of this boot that matter at `now`. Files of other boots, of long ago, of times to come,
-    /// and such as can't be read are removed; files that are not the journal's are left alone.
+    /// All beginnings of this boot that matter at `now`. Removes files of other boots, expired files, files that begin
+    /// in the future, and files that it can't read. Leaves files alone that are not the journal's.
     pub fn load(&self, now: BootTime) -> Result<HashMap<PodUid, Beginning>, JournalError> {
         let mut found = HashMap::new();
         for path in self.files()? {
@@ -143,7 +143,7 @@ impl Journal {
         Ok(found)
     }
 
-    /// Writes a beginning down. On failure the journal is as before.
+    /// Writes a beginning. On failure the journal is unchanged.
     pub fn record(&self, uid: &PodUid, beginning: Beginning) -> Result<(), JournalError> {
         if !is_safe(uid.as_str()) {
             return Err(JournalError::Uid(uid.clone()));
@@ -171,7 +171,7 @@ impl Journal {
         }
     }
 
-    /// Removes what is over at `now`.
+    /// Removes the beginnings that are over at `now`.
     pub fn prune(&self, now: BootTime) -> Result<(), JournalError> {
         self.load(now).map(drop)
     }

@@ -17,25 +17,25 @@ use tracing::{info, warn};
 
 use crate::pods::{Container, Pod, cri::Cri, info::parse_info, store::Pods};
 
-/// How long the runtime may take to list the pods, and then to tell the process of each container.
+/// How long the runtime may take to list the pods, and then to return the process of each container.
 const RUNTIME_ANSWERS_WITHIN: Duration = Duration::from_secs(1);
 
-/// How many containers are asked for at once.
+/// How many requests about containers run at a time.
 const AT_ONCE: usize = 8;
 
 /// How long one notification may take in all. The drain waits for it, if it could end otherwise.
 const LONGEST: Duration = Duration::from_secs(5);
 
-/// The outcome of a notification, to come.
+/// The future outcome of a notification.
 pub type NotificationFuture = Pin<Box<dyn Future<Output = NotificationOutcome> + Send>>;
 
-/// Tells applications.
+/// Sends notifications to applications.
 pub trait Notifier: Send + Sync + 'static {
     /// Carries out this notification of a pod.
     fn notify(&self, pod: Arc<Pod>, notification: Notification) -> NotificationFuture;
 }
 
-/// Tells the application, and logs the outcome. Always ends soon: a panic and a timeout are failures.
+/// Sends a notification, and logs the outcome. Always ends soon: a panic and a timeout are failures.
 pub(super) async fn notify(
     notifier: Option<Arc<dyn Notifier>>,
     pod: Arc<Pod>,
@@ -49,10 +49,10 @@ pub(super) async fn notify(
     let outcome = match notifier {
         None => failed("this agent can't reach the runtime's containers".into()),
         Some(notifier) => {
-            let told = tokio::spawn(notifier.notify(Arc::clone(&pod), notification.clone()));
-            match timeout(LONGEST, told).await {
+            let attempt = tokio::spawn(notifier.notify(Arc::clone(&pod), notification.clone()));
+            match timeout(LONGEST, attempt).await {
                 Ok(Ok(outcome)) => outcome,
-                Ok(Err(e)) => failed(format!("the attempt came to no end: {e}")),
+                Ok(Err(e)) => failed(format!("the attempt panicked or was aborted: {e}")),
                 Err(_) => failed(format!("not done within {LONGEST:?}")),
             }
         }

@@ -1,8 +1,8 @@
 //! Sends a signal to a process that is known only by its id.
 //!
 //! Process ids are reused, so between a check and `kill(2)` the id may become that of another process. A pidfd
-//! (`pidfd_open(2)`) names one process for good. Whatever `/proc/PID` shows after it was opened is either about that
-//! process, or the process has been reaped, and then sending through the pidfd fails. So the order is: open, check, send.
+//! (`pidfd_open(2)`) names one process for good. Read `/proc/PID` after opening the pidfd: if the process was reaped
+//! meanwhile, sending fails. So the order is: open, check, send.
 
 use std::io;
 

@@ -33,7 +33,7 @@ pub enum CgroupError {
     Unreadable {
         /// The directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// The system's error.
         source: io::Error,
     },
 }

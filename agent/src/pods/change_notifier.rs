@@ -1,5 +1,5 @@
 //! Notifications that the pods of the node have changed, from the API server's watch and from the runtime's events.
-//! They do not say what has changed: each leads to a new list of pods.
+//! They do not name the change: each leads to a new list of pods.
 
 use std::{
     ops::RangeInclusive,

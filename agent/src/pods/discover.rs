@@ -206,7 +206,7 @@ impl Discovery {
             Ok(inode) => inode,
             Err(e) => return Scope::Untracked(format!("cannot look up {}: {e}", link.display())),
         };
-        // Whatever the spec asks for, the pod's processes are in the host's namespace.
+        // The pod's processes are in the host's namespace, even if its spec asks for another.
         if inode == self.node.host_netns {
             return self.host_scope(containers).await;
         }

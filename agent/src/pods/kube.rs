@@ -225,7 +225,7 @@ impl Kube {
         }
     }
 
-    /// Finds the API server as `mode` says, and starts to watch the pods of `node` (`$NODE_NAME`). Does not wait for
+    /// Finds the API server by `mode`, and starts to watch the pods of `node` (`$NODE_NAME`). Does not wait for
     /// the server. An update that changes a [`KubePod`] notifies `changes`. Any other one counts as a change of
     /// status, because the runtime may have done something.
     ///

@@ -27,7 +27,7 @@ const SHORTEST_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) fn explain(api: &Api, table: &PodTable, wanted: &str) -> Result<Explanation, FindError> {
     let (name, pod) = match table.find(wanted) {
         Ok(pod) => (pod.name.clone(), Some(pod)),
-        Err(e) => match gone(api, wanted) {
+        Err(e) => match find_removed(api, wanted) {
             Some(name) => (name, None),
             None => return Err(e),
         },
@@ -54,8 +54,8 @@ pub(super) fn explain(api: &Api, table: &PodTable, wanted: &str) -> Result<Expla
     })
 }
 
-/// A pod that is gone from the node, by its whole name or UID. Of several, the one that was stopped last.
-fn gone(api: &Api, wanted: &str) -> Option<PodName> {
+/// Finds a pod that is no longer on the node, by its whole name or UID. Of several, the one that was stopped last.
+fn find_removed(api: &Api, wanted: &str) -> Option<PodName> {
     let is = |pod: &PodName| is_called(pod, wanted);
     let stopped = api.holds.stops().of(|stop| is(&stop.pod)).into_iter();
     let stopped = stopped.map(|stop| stop.pod).next();

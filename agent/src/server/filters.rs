@@ -113,7 +113,7 @@ fn peer(text: &str, table: &PodTable) -> Result<Peer, String> {
     Ok(Peer::Pod(pod.ips.clone()))
 }
 
-/// A key that sorts as `sort` says: the smallest first.
+/// The key of the order `sort`: the smallest first.
 pub(super) fn flow_key(sort: FlowSort, flow: &Flow) -> (bool, u128, u16) {
     let largest_first = |n: u128| (false, u128::MAX - n, 0);
     match sort {

@@ -71,7 +71,7 @@ fn runs(table: &PodTable, uid: &PodUid) -> bool {
     pod.is_some_and(|pod| pod.containers.iter().any(|c| c.running))
 }
 
-/// When the containers have exited, by the runtime; now if it does not say.
+/// When the containers have exited, by the runtime; now if it does not know.
 async fn exits(pods: &Pods, pod: Option<&Pod>) -> Vec<BootTime> {
     let now = BootTime::now();
     let mut exits = Vec::new();

@@ -6,7 +6,7 @@ use ebb_core::scope::Scope;
 
 use crate::pods::table::PodTable;
 
-/// Who has which address: the pods of the node, and the node itself.
+/// The owner of each address: a pod of the node, or the node itself.
 pub(super) fn of(table: &PodTable) -> HashMap<IpAddr, Arc<str>> {
     // Without them, the node's addresses have no name.
     let interfaces = if_addrs::get_if_addrs().unwrap_or_default();

@@ -124,7 +124,7 @@ impl EventWriter {
 }
 
 /// A recorder for each distinct pod event. One recorder of kube-rs takes all Events with one reason on one pod for the
-/// same, whatever their notes say: a second bad annotation would only raise the count of the first.
+/// same, even if their notes differ: a second bad annotation would only raise the count of the first.
 struct Recorders {
     client: Client,
     reporter: Reporter,

@@ -113,7 +113,7 @@ impl PodEvent {
             let _ = write!(note, "{}, ", r.reason.map_or("unknown", |r| r.name()));
         }
         if reason == EventReason::DrainDeadline {
-            // The grace period is what one expects; anything else has to be said.
+            // The grace period is the usual cause, so only others are named.
             if r.deadline_cause != DeadlineCause::Grace {
                 let _ = write!(note, "ended by {}: ", r.deadline_cause.phrase());
             }

@@ -83,7 +83,7 @@ pub enum ClientLoad {
 
 /// The results of one kind of client.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Tally {
+pub struct RequestCounts {
     /// Requests made.
     pub requests: u64,
     /// Requests that failed.
@@ -94,8 +94,8 @@ pub struct Tally {
     pub errors: BTreeMap<String, u64>,
 }
 
-impl Tally {
-    /// Adds another tally.
+impl RequestCounts {
+    /// Adds other counts.
     pub fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.failed += other.failed;
@@ -105,10 +105,10 @@ impl Tally {
         }
     }
 
-    /// The sum of several tallies.
-    pub fn sum<'a>(tallies: impl IntoIterator<Item = &'a Self>) -> Self {
-        tallies.into_iter().fold(Self::default(), |mut sum, tally| {
-            sum.add(tally);
+    /// The sum of several counts.
+    pub fn sum<'a>(counts: impl IntoIterator<Item = &'a Self>) -> Self {
+        counts.into_iter().fold(Self::default(), |mut sum, other| {
+            sum.add(other);
             sum
         })
     }
@@ -133,18 +133,18 @@ pub struct Clients {
 /// The state that the tasks of all clients share.
 #[derive(Debug, Clone)]
 struct SharedTallies {
-    tallies: Arc<Mutex<BTreeMap<ClientKind, Tally>>>,
+    tallies: Arc<Mutex<BTreeMap<ClientKind, RequestCounts>>>,
     in_place: Arc<Semaphore>,
 }
 
 impl SharedTallies {
-    fn update(&self, kind: ClientKind, change: impl FnOnce(&mut Tally)) {
+    fn update(&self, kind: ClientKind, change: impl FnOnce(&mut RequestCounts)) {
         let mut tallies = self.tallies.lock().unwrap_or_else(PoisonError::into_inner);
         change(tallies.entry(kind).or_default());
     }
 
     fn count(&self, kind: ClientKind, result: Result<HttpReply, Failure>) {
-        self.update(kind, |tally| tally.count(result.map(drop)));
+        self.update(kind, |counts| counts.count(result.map(drop)));
     }
 
     /// Counts one more client that has connected (or failed to).
@@ -220,7 +220,7 @@ impl Clients {
     }
 
     /// The count so far. Requests under way are not in it.
-    pub fn so_far(&self) -> BTreeMap<ClientKind, Tally> {
+    pub fn so_far(&self) -> BTreeMap<ClientKind, RequestCounts> {
         self.shared
             .tallies
             .lock()
@@ -229,7 +229,7 @@ impl Clients {
     }
 
     /// Waits until all clients are done, and returns the count.
-    pub async fn finish(mut self) -> BTreeMap<ClientKind, Tally> {
+    pub async fn finish(mut self) -> BTreeMap<ClientKind, RequestCounts> {
         while self.tasks.join_next().await.is_some() {}
         self.so_far()
     }
@@ -282,7 +282,7 @@ async fn idle(shared: SharedTallies, server: SocketAddr, path: String, quiet: Du
             shared.count(ClientKind::Idle, Ok(reply));
             sleep(quiet).await;
             if connection.is_closed() {
-                shared.update(ClientKind::Idle, |tally| tally.closed_idle += 1);
+                shared.update(ClientKind::Idle, |counts| counts.closed_idle += 1);
             } else {
                 shared.count(ClientKind::Idle, with_timeout(connection.get(&path)).await);
             }

@@ -11,7 +11,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ebb_testkit::clients::{ClientKind, ClientLoad, Clients, Tally};
+use ebb_testkit::clients::{ClientKind, ClientLoad, Clients, RequestCounts};
 use ebb_testkit::kubelet::{ContainerSpec, PodSpec, PreStop};
 use ebb_testkit::{Node, helpers, http, sandbox};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -276,7 +276,7 @@ async fn clients() -> Result<()> {
         },
     );
     let tallies = served.finish().await;
-    let sum = Tally::sum(tallies.values());
+    let sum = RequestCounts::sum(tallies.values());
     ensure!(
         sum.failed == 0 && sum.requests >= 3 + 2 + 4 + 3 + 5,
         "{tallies:?}"

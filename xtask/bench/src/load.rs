@@ -36,7 +36,7 @@ pub(crate) fn wrk(
     window: Duration,
 ) -> Result<LoadResult> {
     let mut command = testbed.node.parts().wrk()?;
-    // wrk knows whole seconds only.
+    // wrk takes whole seconds only.
     let seconds = window.as_secs();
     command
         .args(["--threads", "1", "--connections", CLIENTS])

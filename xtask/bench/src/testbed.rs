@@ -110,7 +110,7 @@ impl Testbed {
         let address = self.node_port();
         fs::remove_dir_all(self.node.directory("ebb")?)?;
         let directory = self.node.directory("ebb")?;
-        // A cgroup for the kubelet, as on every node, so that ebb looks for probes although none comes.
+        // A cgroup for the kubelet, as on every node, so that ebb checks for probes although none comes.
         let place = self.node.paths();
         fs::create_dir_all(place.cgroup("kubelet"))?;
         let kubelet = format!("/{}/kubelet", place.name());

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb_testkit::clients::{ClientKind, Tally};
+use ebb_testkit::clients::{ClientKind, RequestCounts};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -27,7 +27,7 @@ struct RoundSummary {
     requests: u64,
     failed: u64,
     stop_ms: u128,
-    by_kind: BTreeMap<ClientKind, Tally>,
+    by_kind: BTreeMap<ClientKind, RequestCounts>,
 }
 
 #[derive(Serialize)]
@@ -122,8 +122,8 @@ impl Comparison {
             "-".into(),
             format!("{} µs", self.with.release_lag_us),
         );
-        for (kind, tally) in &self.without.by_kind {
-            for (error, times) in &tally.errors {
+        for (kind, counts) in &self.without.by_kind {
+            for (error, times) in &counts.errors {
                 let _ = writeln!(
                     out,
                     "without ebb: {}: {error} ({times} times)",

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use ebb_testkit::{
     Node,
-    clients::{ClientKind, Tally},
+    clients::{ClientKind, RequestCounts},
     kubelet::Kubelet,
 };
 
@@ -20,14 +20,14 @@ const SHOW_EVERY: Duration = Duration::from_secs(4);
 /// The results of a round.
 pub(crate) struct Round {
     /// Requests and failures by kind of client.
-    pub(crate) tallies: BTreeMap<ClientKind, Tally>,
+    pub(crate) tallies: BTreeMap<ClientKind, RequestCounts>,
     /// The time from the first StopContainer to the reply to StopPodSandbox.
     pub(crate) stop: Duration,
 }
 
 impl Round {
-    pub(crate) fn total(&self) -> Tally {
-        Tally::sum(self.tallies.values())
+    pub(crate) fn total(&self) -> RequestCounts {
+        RequestCounts::sum(self.tallies.values())
     }
 }
 

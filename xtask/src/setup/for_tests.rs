@@ -34,7 +34,7 @@ const DBUS: &[(&str, &str)] = &[
 const GRPCIO: &str = "grpcio==1.74.0 \
     --hash=sha256:c98e0b7434a7fa4e3e63f250456eaef52499fba5ae661c58cc5b5477d11e7182";
 
-/// A server whose stop `ebb doctor` foretells.
+/// A server whose stop `ebb doctor` predicts.
 const GUNICORN: &str = "gunicorn==27.0.1 \
     --hash=sha256:378b26b9a38adcf4592f28828233c1716acc55e833ea06bf48719782efaa0d10";
 

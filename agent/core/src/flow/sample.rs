@@ -80,7 +80,7 @@ pub struct Sample {
     /// Time since an acknowledgement last arrived (`tcpi_last_ack_recv`), including answers to keep-alive probes; see
     /// [`Self::set_bare_ack`].
     pub since_ack: Duration,
-    /// What the kernel sends again because the peer has not acknowledged it, or to ask for its window.
+    /// Retransmissions and window probes without an answer yet.
     pub retransmissions: Retransmissions,
     /// The first sequence numbers of both directions, if `inspect` could read the socket.
     pub sequence: Option<SequenceStart>,

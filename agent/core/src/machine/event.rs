@@ -15,7 +15,7 @@ use crate::{
     release::DeadlineCause,
 };
 
-/// What happened.
+/// An input of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A flow that may hold was opened.
@@ -38,7 +38,7 @@ pub enum Event {
     },
     /// The dump that was requested.
     Dumped(Snapshot),
-    /// The dump that was requested failed; the text says why.
+    /// The dump that was requested failed, for this reason.
     DumpFailed(String),
     /// How often clients connected before the drain.
     Arrivals(Arrivals),
@@ -49,23 +49,23 @@ pub enum Event {
     Outdated,
     /// The lookups that were requested decide nothing; only a dump can.
     Unclear(DumpReason),
-    /// Those of the flows that were to be closed have been told to close; the others had moved.
+    /// ebb has closed these idle flows; it skipped those on which bytes had moved.
     IdleClosed(Vec<SocketCookie>),
-    /// Whether the pod is known to end and its stop is held: then its application may be told.
+    /// Whether the pod is known to end and its stop is held: then the machine may send notifications.
     Stopping(bool),
     /// The notification that was to be sent was sent, or failed.
     Notified(NotificationOutcome),
     /// Events were lost.
     Lost,
-    /// The pod's flows can't be seen (any more); the text says why.
+    /// ebb can't see the pod's flows (any more), for this reason.
     Untracked(String),
-    /// The pod may have connections without sockets of its own; the text says why. Comes before the snapshot.
+    /// The pod may have connections without sockets of its own, for this reason. Comes before the snapshot.
     Hidden(String),
     /// The ports that the pod uses. Comes before the first snapshot.
     PortsInUse(PortsInUse),
     /// The pod's containers have exited, at these moments. Only an observed drain ends by it.
     Exited(Vec<BootTime>),
-    /// The drain may last until this moment only. A later one than before changes nothing.
+    /// The drain may last until this moment only. No effect if the deadline is already earlier.
     Limit(Deadline),
     /// The drain ends now: an operator or the agent's stop ends it, or the pod does not terminate.
     Release(ReleaseReason),
@@ -73,7 +73,7 @@ pub enum Event {
     Tick,
 }
 
-/// What to do.
+/// An output of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Dump the pod's flows, and answer with [`Event::Dumped`] or [`Event::DumpFailed`]. There is
@@ -82,9 +82,9 @@ pub enum Action {
     /// Look up these flows alone, and answer with [`Event::LookedUp`], [`Event::Outdated`] or
     /// [`Event::Unclear`]. The machine never has two requests open.
     LookUp(Vec<FlowEndpoints>),
-    /// Close these idle flows, those that have not moved since, and answer with [`Event::IdleClosed`].
+    /// Close those of these idle flows on which no byte has moved since, and answer with [`Event::IdleClosed`].
     CloseIdle(Vec<Flow>),
-    /// Tell the application this, and answer with [`Event::Notified`] soon. Each notification comes once.
+    /// Send this notification to the application, and answer with [`Event::Notified`] soon. Each comes once.
     Notify(Notification),
     /// Release all holds. Comes once; the report is final.
     Release(ReleaseReason),
@@ -116,7 +116,7 @@ impl Deadline {
     }
 }
 
-/// What names a flow to the kernel.
+/// How the kernel finds a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FlowEndpoints {
     /// Its socket.

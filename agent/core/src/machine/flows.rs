@@ -1,4 +1,4 @@
-//! The flows believed open: kept by events, put right by snapshots.
+//! The flows that count as open. Events add and remove them, and snapshots correct them.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -9,12 +9,12 @@ use std::{
 use super::event::FlowEndpoints;
 use crate::{clock::BootTime, flow::Flow, ids::SocketCookie};
 
-/// For how long after its close event a snapshot may still show a flow. The event is emitted just before the
-/// kernel stores the state, so this is microseconds, and generous. A snapshot that shows the flow later than
-/// that contradicts the event, and the snapshot is right.
+/// For how long after its close event a snapshot may still show a flow. The kernel stores the state microseconds after
+/// the event, so this is generous. A snapshot that shows the flow later than that contradicts the event, and the
+/// snapshot is right.
 const CLOSE_SETTLES: Duration = Duration::from_secs(1);
 
-/// A moment that never comes: the flow stops blocking by its end alone.
+/// A moment that never comes: only its end stops the flow from blocking.
 pub(super) const NEVER: BootTime = BootTime::from_nanos(u64::MAX);
 
 /// A flow that an event announced.
@@ -33,7 +33,7 @@ struct OpenFlow {
     blocks_until: Option<BootTime>,
     /// How it was announced, if by an event.
     opened: Option<Announced>,
-    /// The last snapshot has not shown it, and no event has told of its end.
+    /// The last snapshot has not shown it, and no event has reported its end.
     missed: bool,
 }
 
@@ -42,14 +42,14 @@ struct OpenFlow {
 pub(super) struct Reconciled {
     /// Flows that ended without an event: two snapshots in a row have not shown them.
     pub(super) vanished: u32,
-    /// Flows that this snapshot does not show, though no event has told of their end.
+    /// Flows that this snapshot does not show, although no event has reported their end.
     pub(super) missed: u32,
     /// Flows in the snapshot that ended while it was being taken.
     pub(super) just_closed: u32,
 }
 
-/// The flows believed open. Cookies are unique, so that a flow which has closed stays closed; adding or
-/// removing twice changes nothing.
+/// The flows that count as open. Cookies are unique, so a flow that has closed stays closed. Adding or removing a flow
+/// twice has no effect.
 #[derive(Debug, Default)]
 pub(super) struct OpenFlows {
     open: HashMap<SocketCookie, OpenFlow>,
@@ -61,11 +61,11 @@ pub(super) struct OpenFlows {
     closed: HashMap<SocketCookie, BootTime>,
     /// Those that were open, until the kernel's tables have shown that they are gone.
     unconfirmed: HashMap<SocketCookie, (FlowEndpoints, BootTime)>,
-    /// How many of each had closed when a snapshot last let some of them be forgotten.
+    /// The number of remembered closed flows after the last snapshot.
     remembered: usize,
 }
 
-/// As many flows may have closed since a snapshot before another one is needed to forget them: some megabytes.
+/// How many closed flows are remembered before a snapshot is made to remove them. They take some megabytes.
 const MANY_CLOSED: usize = 16_384;
 
 impl OpenFlows {
@@ -102,19 +102,18 @@ impl OpenFlows {
         true
     }
 
-    /// Whether so many have closed that a snapshot is wanted, which lets them be forgotten.
+    /// Whether so many have closed that a snapshot is needed to remove them.
     pub(super) fn are_many_closed(&self) -> bool {
         self.closed.len().max(self.unconfirmed.len()) > self.remembered + MANY_CLOSED
     }
 
-    /// Whether a flow is believed open that the last snapshot has not shown.
+    /// Whether a flow counts as open that the last snapshot has not shown.
     pub(super) fn is_one_missed(&self) -> bool {
         self.missed > 0
     }
 
-    /// Makes the set what a snapshot of `taken_at` shows: `holding` flows, each with the moment until which
-    /// it blocks. Flows announced since are kept, flows closed meanwhile stay out; flows in
-    /// `exempt` leave it without having ended.
+    /// Corrects the set by a snapshot of `taken_at`, with its `holding` flows and the moment until which each blocks.
+    /// Flows announced since stay, flows closed meanwhile stay out, and flows in `exempt` leave it without having ended.
     pub(super) fn reconcile(
         &mut self,
         taken_at: BootTime,
@@ -151,9 +150,9 @@ impl OpenFlows {
             } else if entry.missed {
                 result.vanished += u32::from(!exempt.contains(&cookie));
             } else if !exempt.contains(&cookie) {
-                // A dump goes on in a chain of the kernel's table by the number of sockets that it has shown: where one
-                // of those has closed meanwhile, it passes over another (`inet_diag_dump_icsk` in
-                // net/ipv4/inet_diag.c). So one dump alone does not tell that a flow is gone.
+                // A dump continues in a chain of the kernel's table after the number of sockets that it has shown.
+                // If one of those has closed meanwhile, the dump skips another (`inet_diag_dump_icsk` in
+                // net/ipv4/inet_diag.c). So one dump alone does not prove that a flow is gone.
                 entry.missed = true;
                 result.missed += 1;
                 self.insert(cookie, entry);
@@ -162,8 +161,8 @@ impl OpenFlows {
         result
     }
 
-    /// What lookups must show for the picture to be whole: the flows believed open, and those whose end the
-    /// kernel's tables have not confirmed. `None` if these are more than `few`.
+    /// The flows that lookups must cover: those that count as open, and those whose end the kernel's tables have not
+    /// confirmed. `None` if these are more than `few`.
     pub(super) fn to_look_up(&self, few: usize) -> Option<Vec<FlowEndpoints>> {
         if self.open.len() + self.unconfirmed.len() > few {
             return None;
@@ -175,8 +174,8 @@ impl OpenFlows {
         Some(all)
     }
 
-    /// Whether lookups of `taken_at` fit with what events have told: `found` has all that are believed open,
-    /// but those announced since, and none that closed long before.
+    /// Whether lookups of `taken_at` agree with the events: `found` has all flows that count as open, except those
+    /// announced since, and none that closed long before.
     pub(super) fn agree(&self, taken_at: BootTime, found: &HashSet<SocketCookie>) -> bool {
         let open = self.open.iter().all(|(cookie, e)| {
             found.contains(cookie) || e.opened.is_some_and(|o| o.at >= taken_at)
@@ -193,7 +192,7 @@ impl OpenFlows {
         self.open.get(&cookie)?.opened
     }
 
-    /// Those of `shown` whose end is not confirmed: an event has told of it, and lookups still show them.
+    /// Those of `shown` whose end is not confirmed: an event has reported it, and lookups still show them.
     pub(super) fn closing(&self, shown: &HashSet<SocketCookie>) -> Vec<(FlowEndpoints, BootTime)> {
         let mut closing: Vec<_> = self.unconfirmed.values().copied().collect();
         closing.retain(|(ends, _)| shown.contains(&ends.cookie));
@@ -206,18 +205,18 @@ impl OpenFlows {
         self.unconfirmed.extend(closing);
     }
 
-    /// Is this flow believed open?
+    /// Whether this flow counts as open.
     pub(super) fn contains(&self, cookie: SocketCookie) -> bool {
         self.open.contains_key(&cookie)
     }
 
-    /// Does any flow block the release?
+    /// Whether any flow blocks the release.
     pub(super) fn blocked(&self) -> bool {
         !self.blocking.is_empty()
     }
 
     /// The earliest moment at which none could block any more if no event comes; `None` if none blocks.
-    /// It is the latest of the flows' moments, since all must have stopped.
+    /// It is the latest of the flows' moments, because all must have stopped.
     pub(super) fn blocked_until(&self) -> Option<BootTime> {
         self.blocking.last().map(|(until, _)| *until)
     }
@@ -361,7 +360,7 @@ mod tests {
         assert!(!flows.are_many_closed());
         flows.closed(SocketCookie(7 << 48), ms(1));
         assert!(flows.are_many_closed());
-        // Within a second of their close a snapshot may still show them, so that they are remembered.
+        // Within a second of their close a snapshot may still show them, so they are remembered.
         flows.reconcile(ms(500), &[], &none);
         assert!(!flows.are_many_closed());
         flows.reconcile(ms(2000), &[], &none);

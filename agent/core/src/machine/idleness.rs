@@ -15,7 +15,7 @@ pub(super) const IDLE_FLOOR: Duration = Duration::from_millis(100);
 /// accepted yet: it may become idle at any moment, without an event.
 const IDLE_STUCK: Duration = Duration::from_secs(1);
 
-/// What the policy says of idle flows.
+/// The settings of the policy about idle flows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Idleness {
     until: Until,
@@ -44,7 +44,7 @@ impl Idleness {
         self.until == Until::Idle || self.closes()
     }
 
-    /// Until when at least a flow blocks the release that was opened at `at`: it carries a request before it is idle.
+    /// The earliest time at which a flow opened at `at` can stop blocking: it carries a request before it is idle.
     pub(super) fn new_blocks_until(self, at: BootTime) -> BootTime {
         if self.matters() {
             at + self.idle_after
@@ -53,7 +53,8 @@ impl Idleness {
         }
     }
 
-    /// Until when at least a flow of a snapshot blocks the release, if no event ends it; `None` if it does not.
+    /// The earliest time at which a flow of a snapshot can stop blocking, if no event ends it; `None` if it does not
+    /// block.
     pub(super) fn blocks_until(self, flow: &Flow, taken_at: BootTime) -> Option<BootTime> {
         if flow.state == FlowState::Lost {
             return None;
@@ -68,7 +69,8 @@ impl Idleness {
     }
 
     fn blocks_until_idle(self, flow: &Flow, taken_at: BootTime) -> Option<BootTime> {
-        // A dialled connection is often one of a pool, which never ends by itself. The pod closes it when it is told to stop.
+        // A dialled connection is often one of a pool, which never ends by itself. The pod closes it after its stop
+        // signal.
         let is_dialled = flow.direction == Direction::Outbound;
         if !self.matters() && !is_dialled {
             return Some(NEVER);
@@ -83,9 +85,9 @@ impl Idleness {
 
     /// How long after a snapshot the flow can be idle at the earliest; `None` if it is already.
     ///
-    /// A snapshot at that moment misses nothing: a flow that has moved bytes meanwhile shows it in the next snapshot, which
-    /// moves its moment, so that the snapshot in which it is idle comes no later than [`IDLE_FLOOR`] after that moment. That
-    /// holds for awaiting flows too: they must be answered first, and then be quiet for all of `idle_after`.
+    /// A snapshot at that time misses nothing. If the flow has moved bytes meanwhile, that snapshot shows it and sets a
+    /// later time. So a snapshot finds the flow idle at most [`IDLE_FLOOR`] after it became idle. This holds for awaiting
+    /// flows, too: the pod must first answer, and then be quiet for all of `idle_after`.
     fn until_idle(self, flow: &Flow) -> Option<Duration> {
         match flow.state {
             FlowState::Idle | FlowState::Lost => None,

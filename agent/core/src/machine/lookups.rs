@@ -1,4 +1,4 @@
-//! Lookups: as good as a dump, if they agree with the events since the last one.
+//! Lookups, which replace a dump if they agree with the events since the last one.
 
 use std::collections::HashSet;
 
@@ -8,11 +8,12 @@ use crate::{
     ids::SocketCookie,
 };
 
-/// Makes a snapshot of what lookups `found` and of `last`, the snapshot before. `None` if the lookups contradict the events.
+/// Makes a snapshot from the lookups `found` and from `last`, the snapshot before. `None` if the lookups contradict the
+/// events.
 ///
-/// No flow is missing from it: what had opened by then was in the last dump or was announced by an event, since no event
-/// was outstanding, so it is believed open and was looked up, or it has closed. If a flow has closed just now, the event
-/// is right.
+/// It has all flows. No event was outstanding, so each flow that had opened by then was in the last dump or was
+/// announced by an event. Either it counts as open and was looked up, or it has closed. If a flow has closed just now,
+/// the event is right.
 pub(super) fn complete(
     found: Snapshot,
     cookies: &HashSet<SocketCookie>,
@@ -45,7 +46,7 @@ pub(super) fn complete(
     })
 }
 
-/// A lookup says what a flow does; its direction and its cgroup are those of the snapshot before.
+/// A lookup shows the state of a flow; its direction and its cgroup are those of the snapshot before.
 fn identified(flow: Flow, before: Option<&Flow>, age: Age) -> Flow {
     Flow {
         direction: before.map_or(Direction::Inbound, |f| f.direction),

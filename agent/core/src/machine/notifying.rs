@@ -1,4 +1,4 @@
-//! What the drain tells the application, and when: each notification once, one after the other.
+//! The notifications of a drain: when to send which. Each is sent once, one after the other.
 
 use crate::{
     drain_report::Phase,
@@ -9,8 +9,8 @@ use crate::{
 /// The notifications of a drain.
 #[derive(Debug, Default)]
 pub(super) struct Notifying {
-    /// The pod is known to end, and its stop is held. Nothing is sent before, because a hook also runs for the restart
-    /// of a container.
+    /// The pod is known to end, and its stop is held. Without that, nothing is sent, because a hook also runs for the
+    /// restart of a container.
     pub(super) is_stopping: bool,
     /// One was sent, and its outcome is not known yet.
     under_way: bool,
@@ -60,8 +60,8 @@ impl Notifying {
         }
     }
 
-    /// Whether the application is being told. A drain that could end waits for that: what was told is in its report,
-    /// and the stop that follows comes after the signal.
+    /// Whether a notification is under way. A drain that could end waits for its outcome, so that the report has it, and
+    /// so that the stop comes after the signal.
     pub(super) const fn is_under_way(&self) -> bool {
         self.under_way
     }

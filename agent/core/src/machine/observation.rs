@@ -50,7 +50,7 @@ impl Observation {
         self.would_release.map(|(_, at)| at + LINGER)
     }
 
-    /// The containers have exited at these moments. Returns how many of the flows that had ended ended with them.
+    /// The containers have exited at these moments. Returns how many flows ended with them.
     pub(super) fn exited(&mut self, exits: &[BootTime]) -> u32 {
         let last = exits.iter().max().copied().unwrap_or_default();
         let ended_with = |at: BootTime| {
@@ -79,7 +79,7 @@ impl Machine {
         }
     }
 
-    /// A hold would have been released. Takes in what shows how the containers ended since.
+    /// Takes an event after the moment at which a hold would have been released: only exits and releases count.
     pub(super) fn linger(
         &mut self,
         event: Event,
@@ -102,7 +102,7 @@ impl Machine {
         let would_release = self.observation.as_ref().and_then(|o| o.would_release);
         let last = exits.iter().max().copied().unwrap_or(now);
         let end = last.clamp(self.started, now.max(self.started));
-        // What is open when the deadline would have come counts as cut already.
+        // Flows that were open at the deadline are already counted as cut.
         if let Some((ReleaseReason::Deadline, at)) = would_release {
             return self.release(ReleaseReason::Deadline, at);
         }
@@ -115,7 +115,7 @@ impl Machine {
         }
     }
 
-    /// The drain is over. One that is observed lingers first, if it has come to its own end.
+    /// The drain is over. An observed drain first waits for the exits of the containers.
     pub(super) fn end(&mut self, reason: ReleaseReason, now: BootTime) -> Option<Action> {
         match &mut self.observation {
             None => Some(self.release(reason, now)),
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(m.step(dumped(3000, &[]), at(3001)), None);
         assert_eq!(m.report(at(5000)).held_ms, 3001);
         assert_eq!(m.next_wake(), Some(at(3001) + LINGER));
-        // Nothing that happens now belongs to it.
+        // Later events do not belong to it.
         assert_eq!(m.step(opened(2, 4000), at(4000)), None);
         let mut no_exit = machine(observed(), &[]);
         no_exit.step(Event::Tick, at(3000));

@@ -1,5 +1,5 @@
-//! What must hold for every ordering of events: a world of flows, its kernel's events and snapshots, and a
-//! machine that hears of them late, twice, in any order or not at all.
+//! Invariants for every ordering of events: a simulated kernel with flows, events and snapshots, and a machine that gets
+//! the events late, twice, in any order or not at all.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -23,7 +23,7 @@ enum Op {
     Open,
     /// The n-th flow closes.
     Close(usize),
-    /// The n-th flow speaks, or falls silent.
+    /// The n-th flow becomes active, or idle.
     Speak(usize, bool),
     /// A waiting event is delivered; it may be kept to be delivered again.
     Deliver {
@@ -34,26 +34,26 @@ enum Op {
     Lose,
     /// An event is lost, and the loss is not reported yet.
     Drop(usize),
-    /// The kernel answers the snapshot that is under way …
+    /// The kernel answers the snapshot that is under way.
     TakeRead,
-    /// … and a dump passes over the n-th of the open flows that the dump before has shown …
+    /// As above, but a dump skips the n-th of the open flows that the dump before has shown.
     TakeIncompleteDump(usize),
-    /// … and the answer arrives, or a failure.
+    /// The kernel's answer arrives at the machine, or a failure.
     EndRead {
         fails: bool,
     },
     /// The pod is known to end, or its last hold is given up.
     Stopping(bool),
-    /// The application has been told.
+    /// A notification has been sent.
     EndNotify,
     Untracked,
-    /// How often clients have connected is told.
+    /// The machine gets to know how often clients have connected.
     Arrivals(u64, Option<u64>),
-    /// The server begins or ceases to listen. Flows open only while it listens.
+    /// The server begins or stops listening. Flows open only while it listens.
     Listen(bool),
     Limit(u64),
     Pass(u64),
-    /// Time passes until the machine wants to be woken.
+    /// Time passes until the machine's next wake.
     Wake,
 }
 
@@ -98,10 +98,10 @@ struct WorldEvent {
     number: u64,
 }
 
-/// What the machine has asked for.
+/// The machine's request.
 enum Asked {
     Dump,
-    /// So many events had been received by then.
+    /// How many events had been received by then.
     LookUp(Vec<FlowEndpoints>, u64),
 }
 
@@ -125,7 +125,7 @@ struct World {
     by_lookup: bool,
     told_to_close: HashSet<SocketCookie>,
     is_stopping: bool,
-    /// What the application is being told, and what it has been told, in this order.
+    /// The notification that is under way, and those that were sent, in this order.
     telling: Option<Notification>,
     told: Vec<Notification>,
     first_deadline: BootTime,
@@ -264,7 +264,7 @@ impl World {
                 );
             }
             ReleaseReason::Deadline => assert!(self.time() >= self.machine.deadline().at),
-            other => panic!("nobody asked for {other}"),
+            other => panic!("unexpected {other}"),
         }
     }
 

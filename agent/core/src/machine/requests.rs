@@ -6,10 +6,10 @@ use std::{collections::BTreeMap, time::Duration};
 use super::RESYNC;
 use crate::{clock::BootTime, drain_report::DumpReason};
 
-/// The pause after a dump that did not release doubles from the first to the second …
+/// The shortest and the longest pause after a dump that did not release. Each further dump doubles the pause.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(250);
-/// … and starts again after this long without a dump.
+/// After this long without a dump, the pause is [`PAUSE_MIN`] again.
 const PAUSE_FORGET: Duration = Duration::from_millis(500);
 /// The pause after the first failed dump; it doubles with each of the next few.
 const RETRY_MIN: Duration = Duration::from_millis(50);

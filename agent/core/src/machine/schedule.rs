@@ -20,7 +20,7 @@ pub(super) struct Schedule<'a> {
     pub(super) final_dump: BootTime,
     pub(super) requests: &'a Requests,
     pub(super) flows: &'a OpenFlows,
-    /// The rounds of closing idle flows, where the policy asks for it.
+    /// The rounds of closing idle flows, if the policy closes them.
     pub(super) closing: Option<&'a Closing>,
 }
 
@@ -46,7 +46,7 @@ impl Schedule<'_> {
             let wanted = self.requests.wanted;
             wanted.map(|why| dump_at(self.dumps_not_before(), why))
         };
-        // Of two at the same moment the dump, which shows more.
+        // If both are due at the same moment, the dump, which shows more.
         [last, next].into_iter().flatten().min_by_key(|due| due.at)
     }
 
@@ -66,7 +66,7 @@ impl Schedule<'_> {
             },
             (None, _) => soon(self.why_no_lookups()),
             (Some(_), Some(closing)) if closing.more() => dump_at(ended + PACE, DumpReason::Idle),
-            // To close them, each flow counts as it becomes idle; to be drained, all of them must be.
+            // ebb closes each flow when it becomes idle. The drain ends only when all of them are idle.
             (Some(until), Some(_)) => {
                 let idle = self.flows.next_idle().unwrap_or(until).max(ended + PACE);
                 first(
@@ -109,7 +109,7 @@ const fn dump_at(at: BootTime, why: DumpReason) -> Due {
     }
 }
 
-/// Whichever comes first; of two at the same moment the second.
+/// The earlier one; if both are due at the same moment, the second.
 fn first(a: Due, b: Due) -> Due {
     if a.at < b.at { a } else { b }
 }

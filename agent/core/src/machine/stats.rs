@@ -1,4 +1,4 @@
-//! What a drain tells about itself afterwards: gathered here, step by step.
+//! The counts of a drain, for its report.
 
 use std::{
     cmp::Reverse,
@@ -18,7 +18,7 @@ use crate::{
 const MAX_CHANGES: usize = 256;
 const MAX_CUT: usize = 256;
 const MAX_LATE_PEERS: usize = 64;
-/// Addresses that are counted; those that come after so many others are not.
+/// The most addresses that are counted separately.
 const MAX_COUNTED_PEERS: usize = 4096;
 
 /// The flows that arrived from one address.
@@ -80,7 +80,7 @@ impl DrainStats {
     }
 
     /// The drain is over, with what is left of the last snapshot's flows and what events have announced since.
-    /// Without a snapshot there is no picture.
+    /// Without a snapshot the flows are unknown.
     pub(super) fn end_of(&mut self, open: &OpenFlows, since_start: Duration) {
         let Some(snapshot) = &self.last_snapshot else {
             return;
@@ -95,7 +95,7 @@ impl DrainStats {
         self.change(flows, since_start, Phase::Released);
     }
 
-    /// Notes the picture if it is another one than before.
+    /// Adds a change to the report, if the phase or the counts differ from the last one.
     fn change(&mut self, flows: FlowCounts, since_start: Duration, phase: Phase) {
         if self
             .changes
@@ -105,7 +105,7 @@ impl DrainStats {
             return;
         }
         if self.changes.len() == MAX_CHANGES {
-            // The newest picture is worth more than the one before it.
+            // The list is full. The newest entry matters more than the one before it.
             self.changes.pop();
         }
         self.changes.push(FlowsChange {
@@ -147,8 +147,8 @@ impl DrainStats {
         }
     }
 
-    /// The flows that are cut: those that `ended` with the containers, and those that are open at `now`, as far as the last
-    /// snapshot and the events since tell. The first few of them, and how many they are.
+    /// The flows that are cut: those that `ended` with the containers, and those that are open at `now`, by the last
+    /// snapshot and the events since. The first few of them, and their number.
     pub(super) fn cut<'a>(
         &self,
         open: &OpenFlows,
@@ -173,7 +173,7 @@ impl DrainStats {
     }
 }
 
-/// What a flow was that no snapshot has shown, when last heard of.
+/// The last known state of a flow that no snapshot has shown.
 const UNSEEN: FlowState = FlowState::Backlog;
 
 /// The flows of a snapshot that are still open.

@@ -150,8 +150,7 @@ const DRAINED: Option<Action> = Some(Action::Release(ReleaseReason::Drained));
 
 use FlowState::{Active, Awaiting, Flushing, Idle};
 
-/// A machine that has its first dump, and whose snapshot of the drain phase, asked for at 3 s, is
-/// under way.
+/// A machine that has its first dump, and whose snapshot of the drain phase, requested at 3 s, is under way.
 fn in_drain(policy: Policy, flows: &[Flow]) -> Machine {
     let mut m = machine(policy);
     assert_eq!(m.step(Event::Tick, START), DUMP);
@@ -161,7 +160,7 @@ fn in_drain(policy: Policy, flows: &[Flow]) -> Machine {
     m
 }
 
-/// Steps through time until the machine asks for something, and says when and what.
+/// Steps through time until the machine returns an action, and returns both.
 fn next(m: &mut Machine) -> (BootTime, Action) {
     for _ in 0..100 {
         let now = m.next_wake().expect("not released");

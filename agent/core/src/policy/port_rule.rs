@@ -1,7 +1,7 @@
-//! The annotation `ebb.dev/ports`, held against the ports that the pod uses.
+//! Compares the annotation `ebb.dev/ports` with the ports that the pod uses.
 //!
-//! A rule that matches nothing would leave out every connection, and cut all of them without a word. That happens with a
-//! mistyped port, and in a mesh, where the proxy in the pod gets all connections on a port of its own.
+//! A rule that matches nothing would leave out every connection, and ebb would cut all of them without a message. That
+//! happens with a mistyped port, and in a mesh, where the proxy in the pod gets all connections on a port of its own.
 
 use std::collections::BTreeSet;
 
@@ -36,11 +36,11 @@ impl PortsInUse {
 }
 
 impl Policy {
-    /// Puts a rule about ports right, now that the pod's ports are known. If no listener has one of its ports, the rule is
-    /// dropped, and the returned text is a warning about it. If a mesh's proxy listens in the pod, its ports hold as well,
-    /// because connections to all others arrive there.
+    /// Adapts a rule about ports to the ports that the pod uses. If no listener has one of its ports, drops the rule and
+    /// returns a warning. If a mesh's proxy listens in the pod, its ports hold as well, because connections to all others
+    /// arrive there.
     pub fn fit_ports(&mut self, used: &PortsInUse) -> Option<String> {
-        // Without a listener there is nothing to compare with: the containers may have exited.
+        // Without a listener the rule can't be checked: the containers may have exited.
         if self.ports.is_empty() || used.listening.is_empty() {
             return None;
         }

@@ -3,10 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod agent_away;
-mod crowd;
 mod forwarding;
 mod hold;
 mod logging;
+mod many_calls;
 mod memory;
 mod metrics;
 mod runtime_changes;

@@ -156,7 +156,7 @@ pub async fn bind(path: &Path) -> Result<Listening, ListenError> {
     let _lock = lock(directory).await?;
     remove_stale(path).await?;
     let listener = std::os::unix::net::UnixListener::bind(path).map_err(failed("listen at"))?;
-    let metadata = fs::symlink_metadata(path).map_err(failed("look at"))?;
+    let metadata = fs::symlink_metadata(path).map_err(failed("read the state of"))?;
     let file = SocketFile {
         path: path.to_owned(),
         identity: (metadata.dev(), metadata.ino()),
@@ -248,7 +248,7 @@ async fn remove_stale(path: &Path) -> Result<(), ListenError> {
     };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("look at")(error)),
+        Err(error) => return Err(failed("read the state of")(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
             return Err(ListenError::NotASocket(path.to_owned()));
         }

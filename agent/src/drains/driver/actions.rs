@@ -1,4 +1,4 @@
-//! The actions of a drain's machine, carried out in tasks of their own, and what they lead to.
+//! Carries out the actions of a drain's machine in tasks of their own, and takes their results.
 
 use ebb_core::{
     clock::BootTime,
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::drains::notify::notify;
 
-/// What an action led to.
+/// The result of an action.
 pub(super) struct Answer {
     pub(super) drain: DrainId,
     pub(super) outcome: Outcome,
@@ -28,7 +28,7 @@ pub(super) enum Outcome {
     Notified(NotificationOutcome),
     Dumped(Result<Dumped, String>),
     Lookups(Lookups),
-    /// Not all events that lookups waited for, so many in all, arrived in time.
+    /// Lookups waited until this many events had arrived, and they did not arrive in time.
     Overdue(u64),
 }
 
@@ -96,7 +96,7 @@ impl<K: Kernel> Drains<K> {
         self.step(drain, event);
     }
 
-    /// The first dump has shown the ports that the pod uses: reports what is wrong with the policy's.
+    /// The first dump has shown the ports that the pod uses: reports an error in the policy's ports.
     pub(super) fn ports_in_use(&mut self, drain: DrainId, used: PortsInUse) {
         let warnings = |drains: &ActiveDrains| {
             let active = drains.get(drain)?;

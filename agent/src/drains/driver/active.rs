@@ -28,7 +28,7 @@ pub(super) struct DrainId(u64);
 pub(super) struct Active {
     pub(super) pod: Arc<Pod>,
     pub(super) machine: Machine,
-    /// What is known of the pod's end.
+    /// The known facts about the pod's end.
     pub(super) end: PodEnd,
     /// The API server said that the pod is not being deleted.
     pub(super) is_not_deleted: bool,
@@ -42,7 +42,7 @@ pub(super) struct Active {
     /// The watch of its events, and how many events of it have been received; `None`: it is not watched.
     pub(super) watch: Option<WatchId>,
     pub(super) received: u64,
-    /// How many events must have been received before lookups are worth something.
+    /// How many events must have been received before ebb accepts lookups.
     pub(super) owed: Option<u64>,
     /// How many state changes the kernel had left out when the last dump began.
     pub(super) missed_changes: Option<u64>,
@@ -76,7 +76,7 @@ impl Active {
         if self.is_observed() { 0 } else { self.holds }
     }
 
-    /// What history keeps of it while it is under way.
+    /// The entry of the history while it is under way.
     pub(super) fn beginning(&self) -> Beginning {
         Beginning {
             started: self.machine.started(),
@@ -99,7 +99,7 @@ pub(super) struct ActiveDrains {
 }
 
 impl ActiveDrains {
-    /// Adds a drain, and has the events of its pod brought to it.
+    /// Adds a drain, which then gets the events of its pod.
     pub(super) fn insert(&mut self, drain: Active) -> DrainId {
         self.last = DrainId(self.last.0 + 1);
         let id = self.last;

@@ -1,4 +1,4 @@
-//! What the kernel reports, brought to the drain that it is about.
+//! Finds the drain of each event of the kernel.
 
 use ebb_core::machine::Event;
 
@@ -6,7 +6,7 @@ use super::{Changed, Drains, Kernel};
 use crate::kernel::{KernelEvent, SocketChange, SocketEvent};
 
 impl<K: Kernel> Drains<K> {
-    /// Takes in the events that are here.
+    /// Takes in the events that have arrived.
     pub(super) fn take_in_events(&mut self) {
         for _ in 0..self.events.len() {
             let event = self.events.try_recv().ok();
@@ -60,6 +60,6 @@ impl<K: Kernel> Drains<K> {
             };
             self.step(id, event);
         }
-        self.no_longer_owed(id);
+        self.events_arrived(id);
     }
 }

@@ -24,11 +24,11 @@ use crate::pods::{Pod, kube::Deletion};
 /// Asks to hold a pod's stop until the pod has drained.
 #[derive(Clone, Debug)]
 pub struct HoldOrder {
-    /// Whose stop is held.
+    /// The pod whose stop is held.
     pub pod: Arc<Pod>,
     /// Its policy. A hold that joins a drain takes that drain's policy instead.
     pub policy: Policy,
-    /// What was wrong with its policy: annotations that could not be obeyed.
+    /// Errors in its policy: annotations that ebb could not apply.
     pub warnings: Vec<String>,
     /// What is left of its grace period, where that is known.
     pub grace: Option<Duration>,
@@ -40,15 +40,15 @@ pub struct HoldOrder {
     pub is_listed: bool,
     /// It holds a call to the runtime, and not only a preStop wait.
     pub is_stop: bool,
-    /// The API server says that the pod is not being deleted: if this is a wait, it is for the restart of a container, or by
-    /// hand.
+    /// The API server says that the pod is not being deleted: if this is a wait, it is for the restart of a container, or
+    /// an operator's.
     pub is_not_deleted: bool,
     /// The trace that the call belongs to (`traceparent` of W3C Trace Context).
     pub traceparent: Option<String>,
 }
 
 impl HoldOrder {
-    /// What the call allows.
+    /// The limits of the call.
     pub const fn limits(&self) -> CallLimits {
         CallLimits {
             grace: self.grace,
@@ -56,7 +56,7 @@ impl HoldOrder {
         }
     }
 
-    /// What it tells of the pod's end.
+    /// Its facts about the pod's end.
     pub(super) fn end(&self) -> PodEnd {
         let containers = self.pod.containers.iter();
         let running = containers.filter(|c| c.running && self.is_listed);
@@ -101,7 +101,7 @@ impl DrainsView {
     }
 }
 
-/// What the handles say to the driver.
+/// Commands from the handles to the driver.
 #[derive(Debug)]
 pub(super) enum Command {
     Hold(Box<HoldOrder>, oneshot::Sender<Joined>),
@@ -167,7 +167,7 @@ impl DrainHandle {
         let reserve = order.reserve();
         let orphaned = orphaned(&order);
         let (answer, joined) = oneshot::channel();
-        // A driver that is gone drops the question, and that is the answer.
+        // A driver that has ended drops the sender, so the answer is an error.
         let _ = self.commands.send(Command::Hold(Box::new(order), answer));
         match joined.await {
             Ok(Joined { place, state }) => Hold {
@@ -204,14 +204,14 @@ impl DrainHandle {
         let _ = self.commands.send(Command::Limit(pod.clone(), deadline));
     }
 
-    /// The API server has reported this deletion of a pod. If its grace period is shorter than the one that the pod's drain
-    /// knows, the drain's deadline comes forward.
+    /// The API server has reported this deletion of a pod. If its grace period is shorter than the one that the pod's
+    /// drain knows, the drain's deadline becomes earlier.
     pub fn deletion(&self, pod: &PodUid, deletion: Deletion) {
         let _ = self.commands.send(Command::Deletion(pod.clone(), deletion));
     }
 
-    /// Ends a pod's drain, because the pod does not terminate. Nothing changes if a stop of the pod is held, or the API server
-    /// has reported its deletion meanwhile.
+    /// Ends a pod's drain, because the pod does not terminate. No effect if a stop of the pod is held, or if the API
+    /// server has reported its deletion meanwhile.
     pub fn not_terminating(&self, pod: &PodUid) {
         let _ = self.commands.send(Command::NotTerminating(pod.clone()));
     }
@@ -226,7 +226,7 @@ impl DrainHandle {
         let _ = self.commands.send(Command::Restore(earlier));
     }
 
-    /// Forgets when drains began of pods other than these, which are all that the runtime lists.
+    /// Removes the beginnings of drains of all pods that are not among these, which the runtime lists.
     pub fn retain_pods(&self, listed: HashSet<PodUid>) {
         let _ = self.commands.send(Command::Listed(listed));
     }
@@ -251,10 +251,10 @@ impl DrainHandle {
     ///
     /// # Errors
     ///
-    /// Why not, on one line: the driver is gone, or no events of the kernel arrive any more. Neither mends itself.
+    /// Why not, on one line: the driver has ended, or no events of the kernel arrive any more. Only a restart helps.
     pub fn health(&self) -> Result<(), String> {
         if self.commands.is_closed() {
-            return Err("nobody holds pods any more".into());
+            return Err("the task that owns the drains has ended; restart the agent".into());
         }
         self.view.borrow().blind.clone().map_or(Ok(()), Err)
     }
@@ -265,8 +265,7 @@ impl DrainHandle {
     }
 }
 
-/// A call or request that is being kept waiting. Dropping it gives the hold up; the drain goes on to its
-/// own end.
+/// A call or request that ebb holds. Dropping it gives the hold up; the drain continues.
 #[derive(Debug)]
 pub struct Hold {
     place: Option<Place>,
@@ -300,8 +299,8 @@ impl Hold {
         let _ = state.wait_for(is_read).await;
     }
 
-    /// Waits for the release, and returns the drain's final report. May be asked again. If the driver is
-    /// gone the reason is `shutdown`.
+    /// Waits for the release, and returns the drain's final report. May be called again. If the driver has ended, the
+    /// reason is `shutdown`.
     pub async fn released(&self) -> Arc<Report> {
         let mut state = self.state.clone();
         let report = state
@@ -313,7 +312,7 @@ impl Hold {
     }
 }
 
-/// What is known of a drain whose driver is gone.
+/// The report of a drain whose driver has ended.
 fn orphaned(order: &HoldOrder) -> Arc<Report> {
     Arc::new(Report {
         pod: order.pod.name.clone(),

@@ -1,4 +1,4 @@
-//! What the driver asks of the kernel.
+//! The driver's requests to the kernel.
 
 use std::{collections::HashSet, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -23,12 +23,12 @@ use crate::{
 /// A dump or a lookup that takes longer has failed.
 const KERNEL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The kernel can't be asked; the text says what was tried and why it failed.
+/// A request to the kernel failed. The text has the request and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DumpError(pub String);
 
-/// What the driver needs of the kernel.
+/// The requests of the driver to the kernel.
 pub trait Kernel: Send + Sync + 'static {
     /// All TCP sockets of the pod.
     fn dump(&self, scope: &Scope) -> impl Future<Output = Result<SocketDump, DumpError>> + Send;
@@ -40,18 +40,17 @@ pub trait Kernel: Send + Sync + 'static {
         idle: Vec<Flow>,
         over: CancellationToken,
     ) -> impl Future<Output = Result<Vec<SocketCookie>, DumpError>> + Send;
-    /// Those sockets of the watched pod that exist between these addresses, and how many events of the watch had been
-    /// sent before.
+    /// The sockets of the watched pod between these addresses, and how many events of the watch had been sent before.
     fn look_up(
         &self,
         scope: &Scope,
         flows: Vec<(SocketAddr, SocketAddr)>,
     ) -> impl Future<Output = Result<FlowLookUp, LookUpFailure>> + Send;
-    /// From now on, events of this scope are sent and counted, as those of this watch.
+    /// Starts to send and count the events of this scope, as those of this watch.
     fn watch(&self, scope: &Scope) -> Result<WatchId, DumpError>;
     /// How often clients connect to the pod, if that is known.
     fn arrivals(&self, scope: &Scope) -> impl Future<Output = Option<Arrivals>> + Send;
-    /// No more events of this scope are needed.
+    /// Stops sending the events of this scope.
     fn unwatch(&self, scope: &Scope);
 }
 
@@ -100,7 +99,7 @@ fn dump_error(e: io::Error) -> DumpError {
     DumpError(e.to_string())
 }
 
-/// What lookups have shown.
+/// The result of lookups.
 pub(super) struct LookedUp {
     /// How many events had been sent before.
     pub(super) sent: u64,
@@ -110,7 +109,7 @@ pub(super) struct LookedUp {
     pub(super) flows: Snapshot,
 }
 
-/// Begins lookups of these flows, as the pod's policy sees them; the error says why a dump is needed.
+/// Begins lookups of these flows, and applies the pod's policy to them. The error is the reason for a dump.
 pub(super) fn look_up<K: Kernel>(
     kernel: Arc<K>,
     pod: &Arc<Pod>,
@@ -118,7 +117,7 @@ pub(super) fn look_up<K: Kernel>(
     flows: Vec<FlowEndpoints>,
 ) -> impl Future<Output = Result<LookedUp, DumpReason>> + Send + use<K> {
     let (pod, policy) = (pod.clone(), policy.clone());
-    // In a task of its own, so that after a panic the lookup has failed, and does not go on for ever.
+    // In a task of its own: a panic then fails the lookup, which would otherwise never end.
     let look_up = tokio::spawn(async move {
         let ends = flows.iter().map(|f| (f.local, f.remote)).collect();
         let found = timeout(KERNEL_TIMEOUT, kernel.look_up(&pod.scope, ends)).await;
@@ -127,7 +126,7 @@ pub(super) fn look_up<K: Kernel>(
             Ok(Err(LookUpFailure::FastOpen)) => return Err(DumpReason::FastOpen),
             Ok(Err(_)) | Err(_) => return Err(DumpReason::LookupFailed),
         };
-        // Addresses are used again: another socket means that this one is gone.
+        // Addresses are reused: if another socket has them, this one is gone.
         let wanted: HashSet<_> = flows.iter().map(|f| f.cookie).collect();
         found.samples.retain(|s| wanted.contains(&s.cookie));
         let flows = Snapshot::new(
@@ -146,20 +145,20 @@ pub(super) fn look_up<K: Kernel>(
     async move { look_up.await.unwrap_or(Err(DumpReason::LookupFailed)) }
 }
 
-/// What a dump has shown.
+/// The result of a dump.
 pub(super) struct Dumped {
     /// How many state changes the kernel had left out before.
     pub(super) missed_changes: u64,
     /// The pod's flows.
     pub(super) flows: Snapshot,
-    /// The ports that the pod uses, if they were asked for.
+    /// The ports that the pod uses, if they were requested.
     pub(super) ports: Option<PortsInUse>,
     /// Why the pod may have connections that no dump shows.
     pub(super) forwards: Option<String>,
 }
 
-/// Begins a dump of the pod's flows, as its policy sees them; the text says why it failed. `wants_ports`: the policy
-/// is not yet fitted to the ports that the pod uses.
+/// Begins a dump of the pod's flows, and applies its policy to them. The error is the reason of a failure.
+/// `wants_ports`: the policy is not yet adapted to the ports that the pod uses.
 pub(super) fn dump<K: Kernel>(
     kernel: Arc<K>,
     pod: &Arc<Pod>,
@@ -167,7 +166,7 @@ pub(super) fn dump<K: Kernel>(
     wants_ports: bool,
 ) -> impl Future<Output = Result<Dumped, String>> + Send + use<K> {
     let (pod, mut policy) = (pod.clone(), policy.clone());
-    // In a task of its own, so that after a panic the dump has failed, and does not go on for ever.
+    // In a task of its own: a panic then fails the dump, which would otherwise never end.
     let dump = tokio::spawn(async move {
         match timeout(KERNEL_TIMEOUT, kernel.dump(&pod.scope)).await {
             Ok(Ok(dump)) => {
@@ -196,6 +195,6 @@ pub(super) fn dump<K: Kernel>(
     });
     async move {
         dump.await
-            .unwrap_or_else(|e| Err(format!("the dump came to no end: {e}")))
+            .unwrap_or_else(|e| Err(format!("the dump panicked or was aborted: {e}")))
     }
 }

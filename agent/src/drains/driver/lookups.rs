@@ -1,8 +1,8 @@
-//! Lookups, and the events that they have to wait for.
+//! Lookups, and the events that they wait for.
 //!
-//! Lookups count only if the driver had received as many events as the kernel had sent when it was asked: then none was
+//! Lookups count only if the driver had received as many events as the kernel had sent at the request: then none was
 //! outstanding or lost. And only if the kernel has left out no state change since the last dump began. If events are
-//! outstanding, the driver waits for them and asks the kernel again.
+//! outstanding, the driver waits for them and repeats the lookups.
 
 use std::time::Duration;
 
@@ -15,19 +15,19 @@ use super::{
     kernel::{LookedUp, look_up},
 };
 
-/// Events arrive within some ten microseconds. What is missing for longer than this is lost, or the agent gets
-/// no time; in both cases a dump is made.
+/// Events arrive within some ten microseconds. If an event is later than this, it is lost, or the agent gets no CPU
+/// time; in both cases the driver makes a dump.
 const OVERDUE: Duration = Duration::from_millis(2);
 
-/// What the kernel answered.
+/// The kernel's answer.
 pub(super) struct Lookups {
-    /// How many events had been received before it was asked.
+    /// How many events had been received before the request.
     received: u64,
     found: Result<LookedUp, DumpReason>,
 }
 
 impl<K: Kernel> Drains<K> {
-    /// Makes the lookups that machines want.
+    /// Makes the lookups that machines have requested.
     pub(super) fn look_up(&mut self) {
         for (drain, flows) in std::mem::take(&mut self.to_look_up) {
             let Some(active) = self.active.get(drain) else {
@@ -74,19 +74,21 @@ impl<K: Kernel> Drains<K> {
     }
 
     /// An event has come: if it was the last that lookups waited for, the driver makes them again.
-    pub(super) fn no_longer_owed(&mut self, drain: DrainId) {
+    pub(super) fn events_arrived(&mut self, drain: DrainId) {
         if let Some(active) = self.active.get_mut(drain)
-            && active.owed.is_some_and(|owed| active.received >= owed)
+            && active
+                .owed
+                .is_some_and(|awaited| active.received >= awaited)
         {
             active.owed = None;
             self.step(drain, Event::Outdated);
         }
     }
 
-    /// The events that lookups waited for have had their time.
-    pub(super) fn overdue(&mut self, drain: DrainId, owed: u64) {
+    /// The events that lookups waited for did not arrive in time.
+    pub(super) fn overdue(&mut self, drain: DrainId, awaited: u64) {
         if let Some(active) = self.active.get_mut(drain)
-            && active.owed == Some(owed)
+            && active.owed == Some(awaited)
         {
             active.owed = None;
             self.step(drain, Event::Unclear(DumpReason::EventsLate));

@@ -1,4 +1,4 @@
-//! The driver, with a kernel that does what the test says.
+//! The driver, with a scripted kernel.
 
 mod deadlines;
 mod flows;
@@ -43,7 +43,7 @@ const WATCH: WatchId = WatchId(1);
 
 const QUIET: Duration = Duration::from_millis(40);
 
-/// What the scripted kernel does and has been asked.
+/// What the scripted kernel does, and the requests that it got.
 #[derive(Default)]
 struct Script {
     samples: Vec<Sample>,
@@ -57,7 +57,7 @@ struct Script {
     missed_changes: u64,
     /// Lookups fail.
     mute: bool,
-    /// It closes idle flows until it is told to stop.
+    /// It closes idle flows until it is cancelled.
     closes_slowly: bool,
     /// Nothing listens in the pod.
     no_listener: bool,
@@ -78,7 +78,7 @@ impl Kernel for FakeKernel {
     async fn dump(&self, _: &Scope) -> Result<SocketDump, DumpError> {
         let hangs = {
             let mut script = self.script();
-            script.asked.push("look");
+            script.asked.push("dump");
             assert!(!script.panics, "as the script says");
             if script.fails {
                 return Err(DumpError("no such namespace".into()));

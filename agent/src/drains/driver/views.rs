@@ -1,4 +1,4 @@
-//! What the rest of the agent sees of the drains.
+//! Publishes the view of the drains for the rest of the agent.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{Changed, Drains, DrainsView, Kernel, VIEW_PACE};
 
 impl<K: Kernel> Drains<K> {
-    /// Publishes a view if there is something new in it, and it is time.
+    /// Publishes a view if it has changed, and the last one is old enough.
     pub(super) fn publish_if_due(&mut self) {
         match self.changed {
             Changed::Nothing => {}

@@ -20,7 +20,7 @@ use crate::{
 /// How many processes of a container are reported. All of them get the signal.
 const REPORTED: usize = 64;
 
-/// A container and its main process, as the runtime says.
+/// A container and its main process, by the runtime.
 pub(super) struct SignaledContainer {
     /// `/proc` of the node's PID namespace.
     pub(super) proc: PathBuf,
@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(reports.len(), 1);
         assert_eq!(reports[0].outcome, SignalOutcome::Sent, "{reports:?}");
         assert_eq!(own.wait().unwrap().signal(), Some(10));
-        // The files of /proc say what they said, but its id is free now.
+        // The files of /proc are unchanged, but its id is free now.
         let reports = target.send(StopSignal::Usr1, SignalTarget::Main);
         assert_eq!(reports[0].outcome, SignalOutcome::Exited);
     }

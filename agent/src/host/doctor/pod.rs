@@ -104,11 +104,11 @@ async fn containers(
             .map_or("", |s| s.value.as_str())
     };
     // With `until: settled`, ebb sends no signal.
-    let told: StopSignals = match setting("until") {
+    let annotated_signals: StopSignals = match setting("until") {
         "settled" => StopSignals::default(),
         _ => setting("stop-signal").parse().unwrap_or_default(),
     };
-    let told_to = setting("stop-signal-to").parse().unwrap_or_default();
+    let annotated_target = setting("stop-signal-to").parse().unwrap_or_default();
     let istio_probers = running
         .iter()
         .find_map(|(_, facts)| facts.environment.get(ISTIO_PROBERS).cloned());
@@ -122,8 +122,8 @@ async fn containers(
             process: facts.process,
             signal,
             source,
-            told: told.of(&container.name),
-            told_to,
+            annotated_signal: annotated_signals.of(&container.name),
+            annotated_target,
         }));
         let Some(hook) = facts.hook else { continue };
         let missing = facts.pid.and_then(|pid| {

@@ -31,7 +31,7 @@ pub(crate) enum Removal {
     },
 }
 
-/// Undoes what `ebb install-cri` did to the host below `root`; a dry run only says what it would do.
+/// Undoes what `ebb install-cri` did to the host below `root`; a dry run only prints what it would do.
 ///
 /// # Errors
 ///

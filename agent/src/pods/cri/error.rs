@@ -20,7 +20,7 @@ pub enum CriError {
     Unreachable {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The system's error.
         source: io::Error,
     },
     /// The agent may not open the socket.

@@ -1,8 +1,8 @@
 //! Pods that are deleted while clients connect in different ways, settled by the rule and by a fixed 3 s.
 //!
-//! The clients of a pod go on connecting until they have learned that it is no endpoint any more, 0.1 to 30 s later: all at
-//! once, or one after another. A connection that comes when the pod is no longer settling is lost. The pod holds no
-//! connection for long, so that it ends with its settle phase.
+//! The clients of a pod connect until they have learned that it is no endpoint any more, 0.1 to 30 s later: all at once,
+//! or one after another. A connection that comes when the pod is no longer settling is lost. The pod holds no connection
+//! for long, so it ends with its settle phase.
 
 use std::fmt;
 
@@ -34,13 +34,13 @@ impl Random {
 #[derive(Clone, Copy, Debug)]
 enum Pattern {
     Never,
-    /// At random, so many an hour.
+    /// At random, this many per hour.
     Random(u32),
-    /// Regularly, so many an hour.
+    /// Regularly, this many per hour.
     Regular(u32),
-    /// Pages of 8 connections, so many an hour.
+    /// Pages of 8 connections, this many per hour.
     Pages(u32),
-    /// 100 connections within a second, so many times an hour.
+    /// 100 connections within a second, this many times per hour.
     Bursts(u32),
 }
 
@@ -89,7 +89,7 @@ fn nanoseconds(seconds: f64) -> u64 {
     u64::try_from(duration(seconds).as_nanos()).unwrap()
 }
 
-/// What the kernel has counted when the pod is deleted, and when clients would connect after that, to the end of a minute.
+/// The kernel's counts when the pod is deleted, and when clients would connect in the minute after that.
 fn history(pattern: Pattern, random: &mut Random) -> (Arrivals, Vec<f64>) {
     let observed = (20.0 * pattern.longest_gap()).max(180.0);
     // The deletion comes at any moment.

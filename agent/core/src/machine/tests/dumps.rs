@@ -1,4 +1,4 @@
-//! Events against dumps and lookups: which of them is believed, and when a dump is repeated.
+//! Events that contradict dumps or lookups: which of them counts, and when a dump is repeated.
 
 use super::*;
 

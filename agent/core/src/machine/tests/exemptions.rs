@@ -128,7 +128,7 @@ fn a_dialled_flow_may_hold_while_it_is_live_and_only_dumps_release_it() {
     let both = [flow(1, Active), dialled(Awaiting)];
     assert_eq!(m.step(dumped(3000, &both), at(3001)), None);
     assert_eq!(m.report(at(3001)).arrived, Some(0), "the pod dialled it");
-    // No event tells of its end, and one of another flow's end costs a dump.
+    // No event reports its end, and an event about the end of another flow costs a dump.
     m.step(closed(1, 3100), at(3100));
     assert_eq!(m.next_wake(), Some(at(8000)));
     assert_eq!(m.step(Event::Tick, at(8000)), DUMP);

@@ -15,7 +15,7 @@ fn is_signal(action: &Action) -> bool {
     matches!(action, Action::Notify(Notification::Signal(..)))
 }
 
-/// Steps until the machine wants the application told, and answers its dumps with these flows.
+/// Steps until the machine sends a notification, and answers its dumps with these flows.
 fn until_notified(m: &mut Machine, flows: &[Flow]) -> (u64, Notification) {
     for _ in 0..100 {
         let (now, action) = next(m);

@@ -44,7 +44,7 @@ async fn repeated_holds_do_not_keep_the_first_deadline_for_ever() {
     let first = harness.drains.hold(order(pod("a"), policy())).await;
     released(&first).await;
     let begun = BootTime::now();
-    // More often than it is forgotten.
+    // More often than the history drops it.
     let fresh = loop {
         tokio::time::sleep(SAME_ANSWER + QUIET).await;
         let again = harness.drains.hold(order(pod("a"), policy())).await;
@@ -70,7 +70,7 @@ async fn a_deletion_after_the_drain_of_a_restart_has_a_deadline_of_its_own() {
         deletion: Some(deletion(seen, Duration::from_secs(60))),
         ..order(pod("a"), policy())
     };
-    // It was reported somewhat late: it is what the first hold was for.
+    // It was reported somewhat late: the first hold was for this deletion.
     let same = harness
         .drains
         .hold(deleted(now + Duration::from_millis(500)))
@@ -174,7 +174,7 @@ async fn waits_for_a_pod_that_is_not_deleted_end_and_cut_nothing() {
     let report = &view.finished[0];
     assert_eq!(report.reason, Some(ReleaseReason::NotTerminating));
     assert_eq!(report.cut_total, Some(0));
-    // While one waits, the agent says when.
+    // While one waits, the agent has the deadline.
     let hold = harness.drains.hold(wait()).await;
     harness.drains.not_terminating(&PodUid::new("a"));
     let report = released(&hold).await;

@@ -11,7 +11,7 @@ async fn a_pod_without_flows_is_watched_dumped_and_released() {
     assert!(report.held_ms >= 40, "{report:?}");
     assert_eq!(
         harness.kernel.script().asked,
-        ["watch", "look", "look", "unwatch"]
+        ["watch", "dump", "dump", "unwatch"]
     );
     assert!(
         matches!(harness.notices.recv().await, Some(DrainNotice::Began(r)) if r.reason.is_none())
@@ -139,7 +139,7 @@ async fn the_last_close_releases_at_once_and_the_report_has_the_lag() {
     assert_eq!((report.walks, report.lookups), (2, 1));
 }
 
-/// A drain whose one flow holds, in the drain phase, when it has looked.
+/// A drain whose one flow holds, in the drain phase, after its first dump.
 async fn held_by_one(harness: &Harness) -> Hold {
     let hold = harness.drains.hold(order(pod("a"), policy())).await;
     harness
@@ -164,7 +164,7 @@ async fn lookups_are_repeated_after_events_that_were_under_way() {
     assert_eq!(report.reason, Some(ReleaseReason::Drained));
     // Unless this test was so slow that the event was given up.
     if report.released_by == Some(ReleasedBy::Lookup) {
-        assert_eq!((harness.asked("look"), report.lookups), (2, 1));
+        assert_eq!((harness.asked("dump"), report.lookups), (2, 1));
         assert!(harness.asked("lookup") > 1);
     }
 }
@@ -180,7 +180,7 @@ async fn an_event_that_never_comes_causes_a_dump() {
     assert_eq!(report.reason, Some(ReleaseReason::Drained));
     assert_eq!(report.dumps.get(&DumpReason::EventsLate), Some(&1));
     assert_eq!(report.released_by, Some(ReleasedBy::Dump));
-    assert_eq!((harness.asked("look"), report.lookups), (3, 0));
+    assert_eq!((harness.asked("dump"), report.lookups), (3, 0));
 }
 
 #[tokio::test]
@@ -195,7 +195,7 @@ async fn an_opening_whose_event_was_lost_uncounted_cuts_no_client() {
     harness.event(closes(1)).await;
     let early = timeout(5 * QUIET, hold.released()).await;
     assert!(early.is_err(), "a flow holds: {early:?}");
-    assert_eq!(harness.asked("look"), 3);
+    assert_eq!(harness.asked("dump"), 3);
 }
 
 #[tokio::test]
@@ -211,7 +211,7 @@ async fn a_state_change_that_the_kernel_missed_causes_a_dump() {
     harness.event(closes(1)).await;
     let early = timeout(5 * QUIET, hold.released()).await;
     assert!(early.is_err(), "a flow holds: {early:?}");
-    assert_eq!(harness.asked("look"), 3);
+    assert_eq!(harness.asked("dump"), 3);
     harness.close_all();
     harness.event(closes(2)).await;
     let report = released(&hold).await;

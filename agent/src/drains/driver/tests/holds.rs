@@ -26,7 +26,7 @@ async fn a_caller_that_goes_before_it_has_its_hold_is_not_counted() {
     {
         let gone = harness.drains.hold(order(pod("a"), policy()));
         let mut gone = std::pin::pin!(gone);
-        // Asked for, answered, and never picked up.
+        // Requested, answered, and never received.
         let pending = std::future::poll_fn(|cx| Poll::Ready(gone.as_mut().poll(cx).is_pending()));
         assert!(pending.await);
         harness
@@ -140,7 +140,7 @@ async fn a_dump_that_hangs_does_not_delay_the_deadline() {
         .await;
     let report = released(&hold).await;
     assert_eq!(report.reason, Some(ReleaseReason::Deadline));
-    assert_eq!(harness.asked("look"), 1, "one at a time");
+    assert_eq!(harness.asked("dump"), 1, "one at a time");
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Says that each notification was carried out.
+/// Reports each notification as sent.
 #[derive(Default)]
 struct FakeNotifier(Mutex<Vec<Notification>>);
 
@@ -32,7 +32,7 @@ impl Notifier for FakeNotifier {
     }
 }
 
-/// A driver that tells applications, and what it has told them.
+/// A driver that sends notifications, and those that it has sent.
 fn with_notifier(samples: Vec<Sample>, journal: Option<Journal>) -> (Harness, Arc<FakeNotifier>) {
     let kernel = Arc::new(FakeKernel(Mutex::new(Script {
         samples,
@@ -101,7 +101,7 @@ async fn an_application_is_notified_once_although_its_stop_is_repeated() {
     assert!(matches!(told[0], Notification::Request(_)), "{told:?}");
     assert!(matches!(told[1], Notification::Signal(..)), "{told:?}");
 
-    // The next agent continues the drain, and knows what was sent.
+    // The next agent continues the drain, and knows which notifications were sent.
     let entry = dir.path().join("a.json");
     let written = async {
         while !std::fs::read_to_string(&entry).is_ok_and(|text| text.contains("SIGQUIT")) {

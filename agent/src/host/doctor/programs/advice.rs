@@ -35,8 +35,8 @@ pub(in crate::host::doctor) struct StopFacts {
     pub(in crate::host::doctor) signal: String,
     pub(in crate::host::doctor) source: SignalSource,
     /// The signal that ebb sends before the stop (`ebb.dev/stop-signal`), and to which processes.
-    pub(in crate::host::doctor) told: Option<StopSignal>,
-    pub(in crate::host::doctor) told_to: SignalTarget,
+    pub(in crate::host::doctor) annotated_signal: Option<StopSignal>,
+    pub(in crate::host::doctor) annotated_target: SignalTarget,
 }
 
 const CUTS: &str = "requests that are still under way when the stop arrives are cut";
@@ -53,7 +53,8 @@ pub(in crate::host::doctor) fn check(facts: &StopFacts) -> Check {
             "its main process is not visible from here".into(),
         );
     };
-    if let Some(check) = facts.told.and_then(|told| told_check(facts, process, told)) {
+    let annotated = facts.annotated_signal;
+    if let Some(check) = annotated.and_then(|signal| check_of_annotation(facts, process, signal)) {
         return check;
     }
     let Some(number) = signal_number(&facts.signal) else {
@@ -73,10 +74,10 @@ pub(in crate::host::doctor) fn check(facts: &StopFacts) -> Check {
 }
 
 /// The check by the signal that ebb sends first; `None` if ebb sends none that is known to work or to do harm.
-fn told_check(facts: &StopFacts, process: &Process, told: StopSignal) -> Option<Check> {
+fn check_of_annotation(facts: &StopFacts, process: &Process, signal: StopSignal) -> Option<Check> {
     let name = format!("container {}", facts.container);
-    let number = told.number();
-    let targets = match facts.told_to {
+    let number = signal.number();
+    let targets = match facts.annotated_target {
         SignalTarget::Main => std::slice::from_ref(process),
         SignalTarget::Children => &process.children,
     };
@@ -84,7 +85,7 @@ fn told_check(facts: &StopFacts, process: &Process, told: StopSignal) -> Option<
     let rank = |v: &Verdict<'_>| (!v.ending.is_good(), !v.ending.is_unknown());
     let found = found.max_by_key(rank)?;
     let what = what(&found, number);
-    let detail = format!("before its stop, ebb sends it {told}: {what}");
+    let detail = format!("before its stop, ebb sends it {signal}: {what}");
     let check = Check::new(&name, status(found.ending), detail);
     match found.ending {
         // Not the signal that matters: the stop signal comes next.
@@ -288,8 +289,8 @@ mod tests {
             process: Some(process),
             signal: signal.into(),
             source: SignalSource::Image,
-            told: None,
-            told_to: SignalTarget::Main,
+            annotated_signal: None,
+            annotated_target: SignalTarget::Main,
         }
     }
 
@@ -338,9 +339,9 @@ mod tests {
             change.contains("ebb.dev/stop-signal: app=SIGQUIT"),
             "{change}"
         );
-        of_two.told = Some(StopSignal::Quit);
+        of_two.annotated_signal = Some(StopSignal::Quit);
         assert_eq!(check(&of_two).status, CheckStatus::Ok);
-        of_two.told = Some(StopSignal::Term);
+        of_two.annotated_signal = Some(StopSignal::Term);
         let harmful = check(&of_two);
         assert_eq!(harmful.status, CheckStatus::Warn);
         assert!(
@@ -372,11 +373,15 @@ mod tests {
         // It would end at once.
         let (_, text) = says(shell(process("app", 7, 0)), "SIGTERM");
         assert!(!text.contains("ebb.dev"), "{text}");
-        let mut told = facts(shell(process("app", 7, TERM)), "SIGTERM");
-        told.told = Some(StopSignal::Term);
-        assert_eq!(check(&told).status, CheckStatus::Warn, "the shell gets it");
-        told.told_to = SignalTarget::Children;
-        assert_eq!(check(&told).status, CheckStatus::Ok);
+        let mut annotated = facts(shell(process("app", 7, TERM)), "SIGTERM");
+        annotated.annotated_signal = Some(StopSignal::Term);
+        assert_eq!(
+            check(&annotated).status,
+            CheckStatus::Warn,
+            "the shell gets it"
+        );
+        annotated.annotated_target = SignalTarget::Children;
+        assert_eq!(check(&annotated).status, CheckStatus::Ok);
     }
 
     #[test]

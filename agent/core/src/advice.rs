@@ -15,7 +15,7 @@ use crate::{
     flow::FlowState,
 };
 
-/// Fewer drains than this say too little.
+/// Fewer drains than this are not enough for advice.
 pub const FEWEST: usize = 5;
 
 /// Grace periods are rounded up to a multiple of this.

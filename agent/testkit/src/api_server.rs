@@ -164,7 +164,7 @@ impl ServerShared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose list or watch this verb asks for.
+    /// The objects that this verb lists or watches.
     fn is_of_namespaces(verb: ApiVerb) -> bool {
         matches!(verb, ApiVerb::ListNamespaces | ApiVerb::WatchNamespaces)
     }

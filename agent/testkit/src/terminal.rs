@@ -150,7 +150,7 @@ impl Terminal {
     ///
     /// # Errors
     ///
-    /// The kernel does not tell them.
+    /// The kernel does not return them.
     pub fn modes(&self) -> Result<Termios> {
         Ok(tcgetattr(&self.theirs)?)
     }

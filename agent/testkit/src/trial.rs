@@ -31,7 +31,7 @@ macro_rules! trials {
     };
 }
 
-/// A trial with a limit. Its thread bears its name, and so do the threads that [`thread_builder`] makes for it.
+/// A trial with a limit. Its thread has its name, and so do the threads that [`thread_builder`] makes for it.
 pub fn trial(name: &'static str, run: fn() -> anyhow::Result<()>) -> Trial {
     Trial::test(name, move || run_within(scaled(LIMIT), name, run))
 }

@@ -52,7 +52,7 @@ fn name(number: i32) -> Option<String> {
 }
 
 impl Cri {
-    /// The name of the signal that the runtime will send to stop this container; `None` if it does not tell.
+    /// The name of the signal that the runtime will send to stop this container; `None` if it does not report it.
     ///
     /// # Errors
     /// [`CriError`] if the call fails, also if there is no such container.

@@ -64,7 +64,7 @@ pub(super) async fn follow(client: Client, sender: watch::Sender<Arc<NamespaceAn
                          namespaces"
                     );
                 }
-                // The watch on pods tells of a server that is away.
+                // The watch on pods reports a server that is away.
                 _ => debug!("the watch on namespaces has failed: {e}"),
             },
         }

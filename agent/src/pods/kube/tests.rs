@@ -317,7 +317,7 @@ async fn a_grace_period_that_began_before_the_agent_started_does_not_restart() {
     };
     assert!((15..=20).contains(&left("u1")), "{} s", left("u1"));
     assert!((25..=30).contains(&left("u2")), "{} s", left("u2"));
-    // A deletion in a watch event begins when the event arrives, whatever the clocks say.
+    // A deletion in a watch event begins when the event arrives. The clocks do not matter.
     server.watched().await;
     server.notify("MODIFIED", deleted("u3", "101"));
     let mut pods = kube.pods();

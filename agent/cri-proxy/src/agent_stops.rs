@@ -1,8 +1,8 @@
 //! Whether the last agent has announced its stop, so that another agent is likely to start soon.
 //!
-//! An agent announces its stop in two ways: `release: shutdown` ends the holds that it has, and a note beside its socket
-//! ([`stop_note`]) is for the calls that arrive when it is gone. An agent that crashes does neither, and may not come
-//! back.
+//! An agent announces its stop in two ways: `release: shutdown` ends the holds that it has, and a note beside its
+//! socket ([`stop_note`]) is for the calls that arrive when it is gone. An agent that crashes does neither, and may not
+//! come back.
 
 use std::{
     path::{Path, PathBuf},

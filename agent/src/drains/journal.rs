@@ -2,13 +2,13 @@
 //! on with its first deadline instead of a new one.
 //!
 //! One small JSON file per pod. Nothing is flushed to the disk by force: a crash of the node starts a new boot, and the
-//! agent ignores entries of other boots. All times are on the boot-time clock, which cannot be set, so a wall clock that
-//! jumps changes nothing. Only a clock of another time namespace (`time_namespaces(7)`) can disagree: the agent ignores
-//! entries that begin in the future, too.
+//! agent ignores entries of other boots. All times are on the boot-time clock, which cannot be set, so a wall clock
+//! that jumps changes nothing. Only a clock of another time namespace (`time_namespaces(7)`) can disagree: the agent
+//! ignores entries that begin in the future, too.
 //!
-//! A hold does not wait for its entry: a disk that hangs must not keep the agent from answering in time. If the agent is
-//! killed before the entry is written, the beginning is lost. A repeated stop is then held with a new deadline, within
-//! its own timeout.
+//! A hold does not wait for its entry: a disk that hangs must not keep the agent from answering in time. If the agent
+//! is killed before the entry is written, the beginning is lost. A repeated stop is then held with a new deadline,
+//! within its own timeout.
 
 use std::{
     collections::HashMap,

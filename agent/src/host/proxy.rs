@@ -28,8 +28,8 @@ use crate::linux::files::resolve_in;
 /// The name of the proxy's process.
 const NAME: &str = "ebb-cri-proxy";
 
-/// The proxies in the processes below `root`, by process id. Asks their running program, because the file on the disk may
-/// be newer.
+/// The proxies in the processes below `root`, by process id. Asks their running program, because the file on the disk
+/// may be newer.
 pub(crate) fn running(root: &Path) -> Vec<ProxyVersion> {
     let processes = root.join("proc");
     let entries = fs::read_dir(&processes).into_iter().flatten().flatten();

@@ -43,8 +43,8 @@ impl Terminations {
     }
 
     /// The evidence that the stop of `container`, which has been recorded, is part of its pod's termination, or why it
-    /// is not. Waits for other stops of the pod if their number decides. Before it decides against a termination, gathers
-    /// the evidence again, because a preStop hook of another container may have begun to wait.
+    /// is not. Waits for other stops of the pod if their number decides. Before it decides against a termination,
+    /// gathers the evidence again, because a preStop hook of another container may have begun to wait.
     pub(super) async fn classify_stop(
         &self,
         pod: &Pod,

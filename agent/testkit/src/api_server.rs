@@ -3,8 +3,8 @@
 //! It implements the part of the real server's HTTP API that a node agent needs: list, get and watch of pods, list and
 //! watch of namespaces, whole or as PartialObjectMetadata (versions, bookmarks, `timeoutSeconds`, resuming from a version,
 //! 410 if that is too old, field selectors, Status objects), create and patch of Events, and `pods/exec` for the kubectl
-//! plugin. It has neither TLS nor authentication, unless it is started [secured](ApiServer::start_secured), and validates
-//! little. Tests can inject faults ([`Faults`], [`ApiServer::leave`]), and it records all requests.
+//! plugin. It has neither TLS nor authentication, unless it is started [secured](ApiServer::start_secured), and
+//! validates little. Tests can inject faults ([`Faults`], [`ApiServer::leave`]), and it records all requests.
 
 mod accept;
 mod answer;

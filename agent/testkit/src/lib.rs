@@ -3,8 +3,8 @@
 //! containerd, runc and the bridge network plugin run in namespaces of their own ([`sandbox`]). [`image`] makes
 //! images from local files, and [`kubelet`] makes a kubelet's CRI calls. [`fixture`] has the programs inside
 //! containers, [`clients`] the clients that connect to them, and [`api_server`] replaces the cluster's API server.
-//! [`terminal`] runs a program in a pseudo-terminal. Nothing here depends on ebb, because this crate is the reference for
-//! ebb's tests.
+//! [`terminal`] runs a program in a pseudo-terminal. Nothing here depends on ebb, because this crate is the reference
+//! for ebb's tests.
 //!
 //! Test suites that need no node use [`trial`], [`namespace`], [`cgroup`] and [`proc_net`].
 //!

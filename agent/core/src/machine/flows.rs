@@ -113,7 +113,8 @@ impl OpenFlows {
     }
 
     /// Corrects the set by a snapshot of `taken_at`, with its `holding` flows and the moment until which each blocks.
-    /// Flows announced since stay, flows closed meanwhile stay out, and flows in `exempt` leave it without having ended.
+    /// Flows announced since stay, flows closed meanwhile stay out, and flows in `exempt` leave it without having
+    /// ended.
     pub(super) fn reconcile(
         &mut self,
         taken_at: BootTime,

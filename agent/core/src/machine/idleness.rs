@@ -86,8 +86,8 @@ impl Idleness {
     /// How long after a snapshot the flow can be idle at the earliest; `None` if it is already.
     ///
     /// A snapshot at that time misses nothing. If the flow has moved bytes meanwhile, that snapshot shows it and sets a
-    /// later time. So a snapshot finds the flow idle at most [`IDLE_FLOOR`] after it became idle. This holds for awaiting
-    /// flows, too: the pod must first answer, and then be quiet for all of `idle_after`.
+    /// later time. So a snapshot finds the flow idle at most [`IDLE_FLOOR`] after it became idle. This holds for
+    /// awaiting flows, too: the pod must first answer, and then be quiet for all of `idle_after`.
     fn until_idle(self, flow: &Flow) -> Option<Duration> {
         match flow.state {
             FlowState::Idle | FlowState::Lost => None,

@@ -60,8 +60,8 @@ impl Notifying {
         }
     }
 
-    /// Whether a notification is under way. A drain that could end waits for its outcome, so that the report has it, and
-    /// so that the stop comes after the signal.
+    /// Whether a notification is under way. A drain that could end waits for its outcome, so that the report has it,
+    /// and so that the stop comes after the signal.
     pub(super) const fn is_under_way(&self) -> bool {
         self.under_way
     }

@@ -1,5 +1,5 @@
-//! Invariants for every ordering of events: a simulated kernel with flows, events and snapshots, and a machine that gets
-//! the events late, twice, in any order or not at all.
+//! Invariants for every ordering of events: a simulated kernel with flows, events and snapshots, and a machine that
+//! gets the events late, twice, in any order or not at all.
 
 use std::collections::{BTreeMap, HashSet};
 

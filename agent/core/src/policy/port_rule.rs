@@ -36,9 +36,9 @@ impl PortsInUse {
 }
 
 impl Policy {
-    /// Adapts a rule about ports to the ports that the pod uses. If no listener has one of its ports, drops the rule and
-    /// returns a warning. If a mesh's proxy listens in the pod, its ports hold as well, because connections to all others
-    /// arrive there.
+    /// Adapts a rule about ports to the ports that the pod uses. If no listener has one of its ports, drops the rule
+    /// and returns a warning. If a mesh's proxy listens in the pod, its ports hold as well, because connections to all
+    /// others arrive there.
     pub fn fit_ports(&mut self, used: &PortsInUse) -> Option<String> {
         // Without a listener the rule can't be checked: the containers may have exited.
         if self.ports.is_empty() || used.listening.is_empty() {

@@ -1,8 +1,8 @@
 //! The log, written by a thread of its own.
 //!
 //! The reader of standard error may stop reading, and a service that waits for it serves no calls. So the log drops
-//! lines that it can't write in time, and logs their number. tracing-appender's non-blocking writer drops them without a
-//! message, waits for a second at the end of the process, and would add nine packages to the CRI proxy.
+//! lines that it can't write in time, and logs their number. tracing-appender's non-blocking writer drops them without
+//! a message, waits for a second at the end of the process, and would add nine packages to the CRI proxy.
 
 mod filter;
 

@@ -40,8 +40,8 @@ pub struct HoldOrder {
     pub is_listed: bool,
     /// It holds a call to the runtime, and not only a preStop wait.
     pub is_stop: bool,
-    /// The API server says that the pod is not being deleted: if this is a wait, it is for the restart of a container, or
-    /// an operator's.
+    /// The API server says that the pod is not being deleted: if this is a wait, it is for the restart of a container,
+    /// or an operator's.
     pub is_not_deleted: bool,
     /// The trace that the call belongs to (`traceparent` of W3C Trace Context).
     pub traceparent: Option<String>,

@@ -1,8 +1,8 @@
 //! Pods that are deleted while clients connect in different ways, settled by the rule and by a fixed 3 s.
 //!
-//! The clients of a pod connect until they have learned that it is no endpoint any more, 0.1 to 30 s later: all at once,
-//! or one after another. A connection that comes when the pod is no longer settling is lost. The pod holds no connection
-//! for long, so it ends with its settle phase.
+//! The clients of a pod connect until they have learned that it is no endpoint any more, 0.1 to 30 s later: all at
+//! once, or one after another. A connection that comes when the pod is no longer settling is lost. The pod holds no
+//! connection for long, so it ends with its settle phase.
 
 use std::fmt;
 

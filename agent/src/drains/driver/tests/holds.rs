@@ -191,7 +191,13 @@ async fn a_driver_that_has_ended_or_gets_no_events_is_unhealthy() {
     timeout(Duration::from_secs(5), harness.drains.commands.closed())
         .await
         .expect("in time");
-    assert!(harness.drains.health().unwrap_err().contains("nobody"));
+    assert!(
+        harness
+            .drains
+            .health()
+            .unwrap_err()
+            .contains("the task that owns the drains has ended")
+    );
 }
 
 #[tokio::test]

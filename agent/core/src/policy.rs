@@ -82,11 +82,11 @@ pub struct Policy {
     pub drain: DrainMode,
     /// What to wait for.
     pub until: Until,
-    /// The settle phase ends when no new inbound flow has arrived for this long,
+    /// The settle phase ends when no new inbound flow has arrived for this long.
     pub quiet: Duration,
-    /// but not before it has lasted this long,
+    /// The settle phase lasts at least this long.
     pub settle_min: Duration,
-    /// and after this long in any case.
+    /// The settle phase lasts at most this long.
     pub settle_max: Duration,
     /// `quiet` was set. Otherwise it applies only where ebb does not know how often clients connect to the pod.
     pub quiet_is_set: bool,
@@ -186,7 +186,7 @@ impl Policy {
         }
     }
 
-    /// After how long the settle phase ends in any case.
+    /// The longest settle phase.
     pub fn longest_settle(&self) -> Duration {
         self.settle_max.max(self.settle_min)
     }
@@ -220,7 +220,7 @@ impl Policy {
         ]
     }
 
-    /// This policy for a drain that ebb only observes: ebb closes no connection and does not tell the application. Idle
+    /// This policy for a drain that ebb only observes: ebb closes no connection and sends no notification. Idle
     /// connections that ebb would have closed do not hold.
     pub(crate) fn for_observation(self) -> Self {
         let closes = self.idle_flows == IdleFlows::Close && self.until == Until::Zero;
@@ -233,7 +233,7 @@ impl Policy {
         }
     }
 
-    /// Whether the application is told of a drain.
+    /// Whether ebb sends notifications to the application.
     pub fn notifies(&self) -> bool {
         !self.stop_signals.is_empty() || self.on_drain.is_some()
     }

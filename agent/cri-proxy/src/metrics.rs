@@ -1,7 +1,7 @@
 //! What the proxy counts, for `GET /ebb/metrics` ([`ebb_protocol::proxy_metrics`]).
 //!
 //! All counters are behind one lock, which is never held across an await, and the proxy has one thread. Every label has
-//! a fixed set of values, so the memory is bounded whatever clients send.
+//! a fixed set of values, so clients cannot make the memory grow.
 
 use std::{
     collections::BTreeMap,
@@ -81,7 +81,7 @@ pub(crate) enum CallOutcome {
 }
 
 impl CallOutcome {
-    /// The outcome that a reply's headers or trailers tell, if they do.
+    /// The outcome by a reply's headers or trailers, if they have it.
     pub(crate) fn of(headers: &HeaderMap) -> Option<Self> {
         Some(match headers.get(GRPC_STATUS)?.as_bytes() {
             b"0" => Self::Ok,

@@ -178,3 +178,47 @@ fn the_parser_finds_what_is_imported() {
         ["a", "b", "c", "g", "i", "j"]
     );
 }
+
+/// The name that a line defines a type or trait by.
+fn defined(line: &str) -> Option<&str> {
+    let mut words = line.split_whitespace().peekable();
+    words.next_if(|word| word.starts_with("pub"));
+    // `pub(in crate::a)` has two words.
+    words.next_if(|word| word.ends_with(')'));
+    words.next_if(|word| ["struct", "enum", "trait", "union"].contains(word))?;
+    let name = words.next()?;
+    let end = name.find(|c: char| !c.is_alphanumeric());
+    Some(&name[..end.unwrap_or(name.len())])
+}
+
+#[test]
+fn each_type_has_a_name_of_its_own_in_the_workspace() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut files = vec![];
+    for folder in ["agent", "ebpf", "xtask"] {
+        rust_files(&root.join(folder), &mut files);
+    }
+    let mut names = BTreeMap::<String, PathBuf>::new();
+    for file in files {
+        let is_test = |part: &std::ffi::OsStr| part == "tests" || part == "tests.rs";
+        if file.iter().any(is_test) {
+            continue;
+        }
+        let text = code(&fs::read_to_string(&file).unwrap());
+        let shipped = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap();
+        for name in shipped.lines().filter_map(defined) {
+            if let Some(other) = names.insert(name.to_owned(), file.clone()) {
+                panic!(
+                    "{name} is defined in {} and {}",
+                    other.display(),
+                    file.display()
+                );
+            }
+        }
+    }
+    assert!(
+        names.contains_key("Machine") && names.len() > 500,
+        "{}",
+        names.len()
+    );
+}

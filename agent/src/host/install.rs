@@ -17,7 +17,7 @@ use ebb_core::socket_path;
 pub(crate) use remove::{Removal, remove};
 
 use super::{
-    kubelet::{FIRST_VERSION, Kubelet},
+    kubelet::{FIRST_VERSION, RunningKubelet},
     plan::{self, Conflict, InstallPlan, Item, PathState, Step},
     state::{Artifact, InstallState, STATE_FILE},
 };
@@ -152,7 +152,7 @@ pub(crate) fn prepare(options: &InstallOptions) -> Result<Installation, InstallE
     let root = &options.root;
     let program = proxy_program()?;
     let state = InstallState::load(root).map_err(failed("read", Path::new(STATE_FILE)))?;
-    let kubelet = Kubelet::find(root);
+    let kubelet = RunningKubelet::find(root);
     let mut notes = Vec::new();
     match &kubelet {
         Some(kubelet) => kubelet_setting::check_version(kubelet, root, &mut notes)?,

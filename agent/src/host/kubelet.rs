@@ -55,7 +55,7 @@ impl std::fmt::Display for EndpointSource {
 
 /// A running kubelet. Paths are the host's own, without the root that they were read below.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Kubelet {
+pub(super) struct RunningKubelet {
     pub(super) pid: u32,
     /// The runtime's socket, as configured now.
     pub(super) endpoint: PathBuf,
@@ -149,7 +149,7 @@ fn socket_of(endpoint: &str) -> PathBuf {
     PathBuf::from(endpoint.strip_prefix("unix://").unwrap_or(endpoint))
 }
 
-impl Kubelet {
+impl RunningKubelet {
     /// Finds the kubelet of the host whose root is `root`: the process named `kubelet` in the mount namespace of the
     /// host's first process. A process of a pod may have the same name.
     pub(super) fn find(root: &Path) -> Option<Self> {
@@ -312,7 +312,7 @@ mod tests {
     }
 
     fn configured(root: &Path, line: &[u8]) -> (PathBuf, EndpointSource) {
-        let kubelet = Kubelet::configured(root, 7, KubeletFlags::parse(line));
+        let kubelet = RunningKubelet::configured(root, 7, KubeletFlags::parse(line));
         (kubelet.endpoint, kubelet.source)
     }
 

@@ -20,7 +20,7 @@ use tokio::{net::UnixStream, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    kubelet::{Kubelet, run_version, same_socket},
+    kubelet::{RunningKubelet, run_version, same_socket},
     state::InstallState,
 };
 use crate::linux::files::resolve_in;
@@ -80,7 +80,7 @@ pub(crate) fn find_socket(root: &Path, run_dir: &Path) -> Option<PathBuf> {
 /// Whether the kubelet of the host below `root` is configured to use the proxy. `None` if there is no kubelet, or this
 /// process can't read its configuration.
 pub(crate) fn is_used_by_kubelet(root: &Path, run_dir: &Path) -> Option<bool> {
-    let kubelet = Kubelet::find(root).filter(|kubelet| kubelet.unread.is_none())?;
+    let kubelet = RunningKubelet::find(root).filter(|kubelet| kubelet.unread.is_none())?;
     Some(same_socket(&kubelet.endpoint, &socket(root, run_dir)))
 }
 

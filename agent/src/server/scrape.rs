@@ -24,7 +24,7 @@ use crate::{
     host::{doctor::host_root, proxy},
     kernel::Tracker,
     pods::{policies::PodPolicies, store::Pods},
-    telemetry::metrics::{Metrics, NodeFacts, ProxyAway, exposition::Exposition},
+    telemetry::metrics::{Metrics, NodeMetrics, ProxyAway, exposition::Exposition},
 };
 
 /// How many requests are rendered at a time.
@@ -109,18 +109,18 @@ impl Scraper {
         }
     }
 
-    async fn facts(&self) -> Result<NodeFacts> {
+    async fn facts(&self) -> Result<NodeMetrics> {
         let sources = &self.sources;
         let (tracker, run_dir) = (sources.tracker.clone(), sources.run_dir.clone());
         // Some system calls per workload of the node, and two files of each process to find the kubelet.
         let read = spawn_blocking(move || {
             let root = host_root();
-            let facts = NodeFacts {
+            let facts = NodeMetrics {
                 counts: tracker.counts(),
                 losses: tracker.losses()?,
                 missed_changes: tracker.missed_changes()?,
                 does_kubelet_use_proxy: proxy::is_used_by_kubelet(&root, &run_dir),
-                ..NodeFacts::default()
+                ..NodeMetrics::default()
             };
             anyhow::Ok((facts, proxy::find_socket(&root, &run_dir)))
         });
@@ -132,7 +132,7 @@ impl Scraper {
             Some(socket) => Some(ask_proxy(socket).await),
             None => None,
         };
-        Ok(NodeFacts {
+        Ok(NodeMetrics {
             draining: draining(&sources.drains.view().borrow()),
             is_runtime_up: listed.is_ok_and(|listed| listed.is_ok()),
             is_api_server_up: sources.policies.kube().is_up(),

@@ -1,6 +1,6 @@
 //! Prometheus metrics (`GET /metrics` on the node port).
 //!
-//! Values are counted at events or read at a scrape ([`NodeFacts`]); nothing polls. docs/metrics.md lists them, made by
+//! Values are counted at events or read at a scrape ([`NodeMetrics`]); nothing polls. docs/metrics.md lists them, made by
 //! [`reference`] from the registry itself.
 
 pub(crate) mod exposition;
@@ -21,7 +21,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-pub(crate) use self::node::{NodeFacts, ProxyAway};
+pub(crate) use self::node::{NodeMetrics, ProxyAway};
 use self::{exposition::Exposition, node::NodeState, process::OwnProcess};
 use super::{events::DropReason, workloads::Workloads};
 
@@ -207,7 +207,7 @@ impl Metrics {
     /// The text of all metrics.
     pub(crate) fn render(
         &self,
-        facts: NodeFacts,
+        facts: NodeMetrics,
         exposition: Exposition,
     ) -> Result<String, std::fmt::Error> {
         self.workloads.count(&facts.counts);

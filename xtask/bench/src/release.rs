@@ -33,7 +33,7 @@ const BEGINS_WITHIN: Duration = Duration::from_secs(10);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 
 /// The latencies of a release, in microseconds.
-struct Released {
+struct MeasuredRelease {
     /// From the kernel's time stamp of the last close to the release, by ebb's report.
     lag: f64,
     /// From the client's close to the first byte of the reply to `/v1/wait`, the server's close and all wake-ups included.
@@ -86,7 +86,7 @@ pub(crate) fn measure(testbed: &Testbed, results: &mut BenchResults) -> Result<(
     results.add("release.others", others, "", what, Goal::None)
 }
 
-fn one(testbed: &Testbed, agent: &AgentProcess, name: &str) -> Result<Released> {
+fn one(testbed: &Testbed, agent: &AgentProcess, name: &str) -> Result<MeasuredRelease> {
     // Without a settle phase, which is not measured.
     let pod = testbed.run(&PodSpec::new(name).annotation("ebb.dev/quiet", "0s"))?;
     let pid = testbed.sandbox_pid(&pod)?;
@@ -115,7 +115,7 @@ fn one(testbed: &Testbed, agent: &AgentProcess, name: &str) -> Result<Released> 
     testbed.end(&pod)?;
     ensure!(report["reason"] == "drained", "not drained: {report}");
     let lag = report["release_lag_us"].as_f64();
-    Ok(Released {
+    Ok(MeasuredRelease {
         lag: lag.with_context(|| format!("no release_lag_us: {report}"))?,
         outside: answered.duration_since(closed).as_secs_f64() * 1e6,
     })

@@ -64,7 +64,7 @@ fn colour(colour: Color) -> Option<String> {
 }
 
 /// Characters beside each other that look the same.
-struct Run {
+struct TextRun {
     column: u16,
     look: Look,
     text: String,
@@ -107,8 +107,8 @@ pub(crate) fn svg(command: &str, screen: &Screen) -> String {
     out + "</g>\n</svg>\n"
 }
 
-fn runs(screen: &Screen, row: u16, columns: u16) -> Vec<Run> {
-    let mut runs: Vec<Run> = vec![];
+fn runs(screen: &Screen, row: u16, columns: u16) -> Vec<TextRun> {
+    let mut runs: Vec<TextRun> = vec![];
     for column in 0..columns {
         let Some(cell) = screen.cell(row, column) else {
             continue;
@@ -120,7 +120,7 @@ fn runs(screen: &Screen, row: u16, columns: u16) -> Vec<Run> {
         };
         match runs.last_mut() {
             Some(run) if run.look == look => run.text.push_str(text),
-            _ => runs.push(Run {
+            _ => runs.push(TextRun {
                 column,
                 look,
                 text: text.to_owned(),
@@ -130,7 +130,7 @@ fn runs(screen: &Screen, row: u16, columns: u16) -> Vec<Run> {
     runs
 }
 
-fn draw(out: &mut String, run: &Run, top: u16) {
+fn draw(out: &mut String, run: &TextRun, top: u16) {
     let x = |column: usize| f32::from(MARGIN) + WIDTH * column as f32;
     let (colour, behind) = run.look.colours();
     let all = run.text.chars().count();

@@ -43,7 +43,7 @@ pub(super) struct Active {
     pub(super) watch: Option<WatchId>,
     pub(super) received: u64,
     /// How many events must have been received before ebb accepts lookups.
-    pub(super) owed: Option<u64>,
+    pub(super) awaited_events: Option<u64>,
     /// How many state changes the kernel had left out when the last dump began.
     pub(super) missed_changes: Option<u64>,
     /// It has been reported that flows still arrive.

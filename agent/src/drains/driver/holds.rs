@@ -133,7 +133,7 @@ impl<K: Kernel> Drains<K> {
             holds: 1,
             watch: watched.as_ref().ok().copied(),
             received: 0,
-            owed: None,
+            awaited_events: None,
             missed_changes: None,
             reported_blocked: false,
             over: CancellationToken::new(),

@@ -64,7 +64,7 @@ impl<K: Kernel> Drains<K> {
                 self.step(drain, Event::Outdated);
             }
             Ok(found) => {
-                active.owed = Some(found.sent);
+                active.awaited_events = Some(found.sent);
                 self.answer_with(drain, async move {
                     tokio::time::sleep(OVERDUE).await;
                     Outcome::Overdue(found.sent)
@@ -77,10 +77,10 @@ impl<K: Kernel> Drains<K> {
     pub(super) fn events_arrived(&mut self, drain: DrainId) {
         if let Some(active) = self.active.get_mut(drain)
             && active
-                .owed
+                .awaited_events
                 .is_some_and(|awaited| active.received >= awaited)
         {
-            active.owed = None;
+            active.awaited_events = None;
             self.step(drain, Event::Outdated);
         }
     }
@@ -88,9 +88,9 @@ impl<K: Kernel> Drains<K> {
     /// The events that lookups waited for did not arrive in time.
     pub(super) fn overdue(&mut self, drain: DrainId, awaited: u64) {
         if let Some(active) = self.active.get_mut(drain)
-            && active.owed == Some(awaited)
+            && active.awaited_events == Some(awaited)
         {
-            active.owed = None;
+            active.awaited_events = None;
             self.step(drain, Event::Unclear(DumpReason::EventsLate));
         }
     }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::host::{
     install::CRIO_SUFFIX,
-    kubelet::{FIRST_VERSION, Kubelet, same_socket},
+    kubelet::{FIRST_VERSION, RunningKubelet, same_socket},
 };
 
 /// The first kernel that has everything the BPF programs need.
@@ -46,7 +46,7 @@ pub(super) struct NodeFacts {
     pub(super) agent: ProbeResult,
     /// The pods that the agent can't track, with the reasons.
     pub(super) untracked: Vec<(String, String)>,
-    pub(super) kubelet: Option<(Kubelet, KubeletVersion)>,
+    pub(super) kubelet: Option<(RunningKubelet, KubeletVersion)>,
     /// The runtime's own socket.
     pub(super) runtime: (PathBuf, ProbeResult),
     /// The proxy's socket; `None` if it does not exist.
@@ -378,8 +378,8 @@ mod tests {
     use super::*;
     use crate::host::{doctor::CheckStatus, kubelet::EndpointSource};
 
-    fn kubelet(endpoint: &str, version: (u32, u32)) -> Option<(Kubelet, KubeletVersion)> {
-        let kubelet = Kubelet {
+    fn kubelet(endpoint: &str, version: (u32, u32)) -> Option<(RunningKubelet, KubeletVersion)> {
+        let kubelet = RunningKubelet {
             pid: 1,
             endpoint: endpoint.into(),
             source: EndpointSource::Flag,

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     host::{
         install::PROXY_SOCKET,
-        kubelet::{DEFAULT_ENDPOINT, Kubelet, same_socket, well_known_runtime},
+        kubelet::{DEFAULT_ENDPOINT, RunningKubelet, same_socket, well_known_runtime},
         state::InstallState,
     },
     kernel,
@@ -61,10 +61,14 @@ impl DoctorOptions {
 
     pub(super) fn runtime(&self) -> PathBuf {
         let state = InstallState::load(&self.root).ok().flatten();
-        self.runtime_of(state.as_ref(), Kubelet::find(&self.root).as_ref())
+        self.runtime_of(state.as_ref(), RunningKubelet::find(&self.root).as_ref())
     }
 
-    fn runtime_of(&self, state: Option<&InstallState>, kubelet: Option<&Kubelet>) -> PathBuf {
+    fn runtime_of(
+        &self,
+        state: Option<&InstallState>,
+        kubelet: Option<&RunningKubelet>,
+    ) -> PathBuf {
         let proxy = self.proxy(state);
         let of_kubelet = kubelet.map(|k| k.endpoint.clone());
         self.runtime
@@ -86,7 +90,7 @@ pub(crate) async fn node(options: &DoctorOptions, agent: &AgentClient) -> Diagno
 
 async fn gather(options: &DoctorOptions, agent: &AgentClient) -> Vec<Check> {
     let state = InstallState::load(&options.root).ok().flatten();
-    let kubelet = Kubelet::find(&options.root);
+    let kubelet = RunningKubelet::find(&options.root);
     let runtime = options.runtime_of(state.as_ref(), kubelet.as_ref());
     let proxy = options.proxy(state.as_ref());
     let version: Result<VersionView, _> = agent.get_json("/v1/version").await;

@@ -141,10 +141,10 @@ fn rewritten(name: &str, path: &str, probers: Option<&str>) -> Check {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Prober {
-        http_get: Option<HttpGet>,
+        http_get: Option<HookGet>,
     }
     #[derive(Deserialize)]
-    struct HttpGet {
+    struct HookGet {
         #[serde(default)]
         path: String,
         port: u16,

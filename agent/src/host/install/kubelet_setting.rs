@@ -6,7 +6,7 @@ use ebb_core::socket_path::is_proxy;
 
 use super::{InstallError, InstallOptions};
 use crate::host::{
-    kubelet::{EndpointSource, FIRST_VERSION, Kubelet, same_socket, well_known_runtime},
+    kubelet::{EndpointSource, FIRST_VERSION, RunningKubelet, same_socket, well_known_runtime},
     state::{Artifact, InstallState},
 };
 
@@ -15,7 +15,7 @@ pub(super) const DROP_IN: &str = "99-ebb-cri.conf";
 
 /// Refuses a kubelet that the proxy can't serve. Adds a note if its version is unknown.
 pub(super) fn check_version(
-    kubelet: &Kubelet,
+    kubelet: &RunningKubelet,
     root: &Path,
     notes: &mut Vec<String>,
 ) -> Result<(), InstallError> {
@@ -40,7 +40,7 @@ pub(super) fn check_version(
 /// from an earlier installation, else a well-known one that exists.
 pub(super) fn runtime(
     options: &InstallOptions,
-    kubelet: Option<&Kubelet>,
+    kubelet: Option<&RunningKubelet>,
     state: Option<&InstallState>,
 ) -> Result<PathBuf, InstallError> {
     if let Some(runtime) = options.runtime.as_deref().filter(|r| is_proxy(r)) {
@@ -79,7 +79,7 @@ pub(super) fn text(socket: &Path) -> String {
 /// The path of the kubelet's drop-in, if it is to be written. Otherwise adds a note with what to change by hand.
 pub(super) fn drop_in(
     options: &InstallOptions,
-    kubelet: Option<&Kubelet>,
+    kubelet: Option<&RunningKubelet>,
     socket: &Path,
     made: &[Artifact],
     notes: &mut Vec<String>,

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     host::{
-        kubelet::{EndpointSource, Kubelet, clients_of, same_socket, unix_table},
+        kubelet::{EndpointSource, RunningKubelet, clients_of, same_socket, unix_table},
         plan::{self, InstallPlan, Step},
         state::{Artifact, InstallState, STATE_FILE},
     },
@@ -114,10 +114,9 @@ fn describe(plan: &InstallPlan, lines: &mut Vec<String>, left: &mut Vec<PathBuf>
 /// Why the proxy must stay: the kubelet uses it, or ebb cannot tell. A setting in a file of `going` does not count,
 /// because that file is removed.
 fn in_use(root: &Path, state: &InstallState, going: &[&Path]) -> Option<String> {
-    let is_going =
-        |k: &Kubelet| matches!(&k.source, EndpointSource::DropIn(p) if going.contains(&&**p));
-    let configured =
-        Kubelet::find(root).filter(|k| same_socket(&k.endpoint, &state.socket) && !is_going(k));
+    let is_going = |k: &RunningKubelet| matches!(&k.source, EndpointSource::DropIn(p) if going.contains(&&**p));
+    let configured = RunningKubelet::find(root)
+        .filter(|k| same_socket(&k.endpoint, &state.socket) && !is_going(k));
     if let Some(kubelet) = configured {
         return Some(format!(
             "the kubelet still uses the proxy, set by {}: set its endpoint back to unix://{}, restart the kubelet, then \

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::telemetry::metrics::{NodeFacts, exposition::Exposition};
+use crate::telemetry::metrics::{NodeMetrics, exposition::Exposition};
 use crate::telemetry::pod_event::EventReason;
 
 type Written = Arc<Mutex<Vec<(Method, String, Value)>>>;
@@ -64,7 +64,7 @@ async fn until(written: &Written, n: usize) -> Vec<(Method, String, Value)> {
 /// How many Events were dropped, by the metrics.
 fn dropped(metrics: &Metrics, why: DropReason) -> usize {
     let text = metrics
-        .render(NodeFacts::default(), Exposition::OpenMetrics)
+        .render(NodeMetrics::default(), Exposition::OpenMetrics)
         .unwrap();
     let name = format!("ebb_events_dropped_total{{reason=\"{}\"}} ", why.name());
     let line = text.lines().find_map(|line| line.strip_prefix(&name));

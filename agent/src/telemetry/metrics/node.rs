@@ -18,7 +18,7 @@ use crate::{kernel::WorkloadCount, linux::sync::lock};
 
 /// What the node is like at a scrape.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct NodeFacts {
+pub(crate) struct NodeMetrics {
     /// The kernel's counters of connections.
     pub(crate) counts: Vec<WorkloadCount>,
     /// What the kernel has lost, indexed by `ebb_common::LOST_…`.
@@ -42,10 +42,10 @@ pub(crate) struct ProxyAway;
 
 /// The facts of the last scrape. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct NodeState(Arc<Mutex<NodeFacts>>);
+pub(super) struct NodeState(Arc<Mutex<NodeMetrics>>);
 
 impl NodeState {
-    pub(super) fn set(&self, facts: NodeFacts) {
+    pub(super) fn set(&self, facts: NodeMetrics) {
         *lock(&self.0) = facts;
     }
 }

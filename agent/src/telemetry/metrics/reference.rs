@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use ebb_core::drain_report::ReleaseReason;
 use ebb_protocol::proxy_metrics::{CallCount, HoldCount, ProxyMetrics};
 
-use super::{Exposition, Metrics, NodeFacts, exposition::family};
+use super::{Exposition, Metrics, NodeMetrics, exposition::family};
 
 /// A metric, as a scrape names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +65,7 @@ fn complete() -> Metrics {
     metrics
 }
 
-fn facts() -> NodeFacts {
+fn facts() -> NodeMetrics {
     let proxy = ProxyMetrics {
         calls: vec![CallCount {
             method: "Status".into(),
@@ -78,11 +78,11 @@ fn facts() -> NodeFacts {
         }],
         ..ProxyMetrics::default()
     };
-    NodeFacts {
+    NodeMetrics {
         is_api_server_up: Some(true),
         does_kubelet_use_proxy: Some(true),
         proxy: Some(Ok(proxy)),
-        ..NodeFacts::default()
+        ..NodeMetrics::default()
     }
 }
 

@@ -3,7 +3,7 @@
 use ebb_core::notification::{SignalTarget, StopSignal};
 
 use super::{
-    ending::{Ending, Verdict, verdict},
+    ending::{EndingVerdict, ProgramEnding, verdict},
     kind::Runtime,
     process::Process,
     servers::Reaction,
@@ -82,19 +82,19 @@ fn check_of_annotation(facts: &StopFacts, process: &Process, signal: StopSignal)
         SignalTarget::Children => &process.children,
     };
     let found = targets.iter().map(|target| verdict(target, number));
-    let rank = |v: &Verdict<'_>| (!v.ending.is_good(), !v.ending.is_unknown());
+    let rank = |v: &EndingVerdict<'_>| (!v.ending.is_good(), !v.ending.is_unknown());
     let found = found.max_by_key(rank)?;
     let what = what(&found, number);
     let detail = format!("before its stop, ebb sends it {signal}: {what}");
     let check = Check::new(&name, status(found.ending), detail);
     match found.ending {
         // Not the signal that matters: the stop signal comes next.
-        Ending::RunsOn | Ending::NotPassedOn => None,
+        ProgramEnding::RunsOn | ProgramEnding::NotPassedOn => None,
         _ => Some(explained(check, facts, &found, number)),
     }
 }
 
-const fn status(ending: Ending) -> CheckStatus {
+const fn status(ending: ProgramEnding) -> CheckStatus {
     if ending.is_good() {
         CheckStatus::Ok
     } else if ending.is_unknown() {
@@ -105,7 +105,7 @@ const fn status(ending: Ending) -> CheckStatus {
 }
 
 /// What happens on the signal.
-fn what(found: &Verdict<'_>, signal: u32) -> String {
+fn what(found: &EndingVerdict<'_>, signal: u32) -> String {
     let program = &found.process.program;
     let signal = signal_name(signal);
     let child = || {
@@ -116,7 +116,7 @@ fn what(found: &Verdict<'_>, signal: u32) -> String {
         format!("{} passes {signal} on, and ", init.program)
     });
     match found.ending {
-        Ending::Server(server, reaction) => {
+        ProgramEnding::Server(server, reaction) => {
             let name = server.name;
             match reaction {
                 Reaction::Drains => {
@@ -131,33 +131,33 @@ fn what(found: &Verdict<'_>, signal: u32) -> String {
                 Reaction::Restarts => format!("{by}{name} restarts on {signal} and runs on"),
             }
         }
-        Ending::Handled => format!("{by}{program} handles {signal}"),
-        Ending::Runtime(runtime) => format!(
+        ProgramEnding::Handled => format!("{by}{program} handles {signal}"),
+        ProgramEnding::Runtime(runtime) => format!(
             "{by}{program} runs on {}, which catches {signal} whether or not the program handles it: ebb can't tell",
             runtime_name(runtime)
         ),
-        Ending::Dumps => {
+        ProgramEnding::Dumps => {
             format!("{by}{program} is a Go program: on {signal} it prints its goroutines and exits")
         }
-        Ending::Trapped => {
+        ProgramEnding::Trapped => {
             format!(
                 "{by}the shell {program} traps {signal}: ebb can't tell whether it passes it on to {}",
                 child()
             )
         }
-        Ending::NotPassedOn => format!(
+        ProgramEnding::NotPassedOn => format!(
             "the shell {program} does not pass {signal} on to {}",
             child()
         ),
-        Ending::EndsShell => {
+        ProgramEnding::EndsShell => {
             format!(
                 "{by}that ends the shell {program}, and with it the container: {} gets no signal",
                 child()
             )
         }
-        Ending::RunsOn => format!("{by}{program} does not handle {signal}, and runs on"),
-        Ending::Ends if signal == "SIGKILL" => format!("{signal} ends {program} at once"),
-        Ending::Ends => format!("{by}{program} does not handle {signal}, and ends at once"),
+        ProgramEnding::RunsOn => format!("{by}{program} does not handle {signal}, and runs on"),
+        ProgramEnding::Ends if signal == "SIGKILL" => format!("{signal} ends {program} at once"),
+        ProgramEnding::Ends => format!("{by}{program} does not handle {signal}, and ends at once"),
     }
 }
 
@@ -172,7 +172,7 @@ const fn runtime_name(runtime: Runtime) -> &'static str {
 }
 
 /// Adds why that costs requests, and the change to make.
-fn explained(check: Check, facts: &StopFacts, found: &Verdict<'_>, signal: u32) -> Check {
+fn explained(check: Check, facts: &StopFacts, found: &EndingVerdict<'_>, signal: u32) -> Check {
     if found.ending.is_good() {
         return check;
     }
@@ -181,32 +181,34 @@ fn explained(check: Check, facts: &StopFacts, found: &Verdict<'_>, signal: u32) 
         .change(change(facts, found, signal))
 }
 
-fn why(found: &Verdict<'_>) -> &'static str {
+fn why(found: &EndingVerdict<'_>) -> &'static str {
     match found.ending {
-        Ending::Runtime(Runtime::Node) if found.process.signals.is_first => {
+        ProgramEnding::Runtime(Runtime::Node) if found.process.signals.is_first => {
             "without a handler of the program's own, the kernel drops the signal to the first process of a container, \
              which is then killed at the end of the grace period"
         }
-        Ending::Runtime(Runtime::Java) => {
+        ProgramEnding::Runtime(Runtime::Java) => {
             "Java exits as soon as its shutdown hooks have run; without one, it cuts requests under way"
         }
-        Ending::Runtime(_) => {
+        ProgramEnding::Runtime(_) => {
             "without a handler of the program's own, it ends at once and cuts requests under way"
         }
-        Ending::Trapped => "a trap runs only when the command in the foreground has ended",
-        Ending::Server(_, Reaction::WaitsForClients) => {
+        ProgramEnding::Trapped => "a trap runs only when the command in the foreground has ended",
+        ProgramEnding::Server(_, Reaction::WaitsForClients) => {
             "connection pools keep idle connections open, so it is killed at the end of the grace period, and has to \
              recover when it starts again"
         }
-        Ending::RunsOn | Ending::NotPassedOn | Ending::Server(_, Reaction::Restarts) => KILLED,
+        ProgramEnding::RunsOn
+        | ProgramEnding::NotPassedOn
+        | ProgramEnding::Server(_, Reaction::Restarts) => KILLED,
         _ => CUTS,
     }
 }
 
-fn change(facts: &StopFacts, found: &Verdict<'_>, signal: u32) -> String {
+fn change(facts: &StopFacts, found: &EndingVerdict<'_>, signal: u32) -> String {
     let signal = signal_name(signal);
     match found.ending {
-        Ending::Server(server, _) => {
+        ProgramEnding::Server(server, _) => {
             let Some((draining, lacks)) = server.draining(found.process) else {
                 return server.instead.unwrap_or_default().into();
             };
@@ -215,7 +217,7 @@ fn change(facts: &StopFacts, found: &Verdict<'_>, signal: u32) -> String {
             let changes: Vec<_> = of_setting.into_iter().chain(of_signal).collect();
             changes.join("; and ")
         }
-        Ending::NotPassedOn => {
+        ProgramEnding::NotPassedOn => {
             let exec = "start the program by `exec` in the shell's script";
             let children = found.process.children.iter();
             // ebb can signal the program without the shell, if the program acts on the signal.
@@ -232,11 +234,11 @@ fn change(facts: &StopFacts, found: &Verdict<'_>, signal: u32) -> String {
                 None => format!("{exec}, and handle {signal} there"),
             }
         }
-        Ending::EndsShell => "start the program by `exec` in the shell's script".into(),
-        Ending::Trapped => {
+        ProgramEnding::EndsShell => "start the program by `exec` in the shell's script".into(),
+        ProgramEnding::Trapped => {
             "let the trap signal the program, and run the program in the background: `app & wait`".into()
         }
-        Ending::Runtime(runtime) => match runtime {
+        ProgramEnding::Runtime(runtime) => match runtime {
             Runtime::Node => format!("check that the program has process.on('{signal}', …) that closes its server"),
             Runtime::Java => {
                 "check that a shutdown hook waits for requests (Spring Boot: server.shutdown=graceful)".into()
@@ -247,15 +249,15 @@ fn change(facts: &StopFacts, found: &Verdict<'_>, signal: u32) -> String {
             Runtime::Ruby => format!("check that the program, or its server, has trap('{signal}')"),
             Runtime::Python => format!("check that the program handles {signal}"),
         },
-        Ending::Dumps => "use SIGTERM as its stop signal".into(),
-        Ending::RunsOn | Ending::Ends if signal == "SIGKILL" => "use SIGTERM as its stop signal".into(),
-        Ending::RunsOn | Ending::Ends => match super::ending::draining(found.process) {
+        ProgramEnding::Dumps => "use SIGTERM as its stop signal".into(),
+        ProgramEnding::RunsOn | ProgramEnding::Ends if signal == "SIGKILL" => "use SIGTERM as its stop signal".into(),
+        ProgramEnding::RunsOn | ProgramEnding::Ends => match super::ending::draining(found.process) {
             Some(draining) if verdict(found.process, draining.number()).ending.is_good() => {
                 use_signal(facts, draining)
             }
             _ => format!("handle {signal} in the program: finish the requests, then exit"),
         },
-        Ending::Handled => String::new(),
+        ProgramEnding::Handled => String::new(),
     }
 }
 

@@ -15,7 +15,7 @@ const QUIT: u32 = 3;
 
 /// What a signal to a container's main process leads to.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Ending {
+pub(super) enum ProgramEnding {
     /// The reaction of a known server.
     Server(&'static Server, Reaction),
     /// The program has a handler. ebb cannot see what the handler does.
@@ -38,14 +38,14 @@ pub(super) enum Ending {
 
 /// An ending, and the process that decides it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Verdict<'a> {
-    pub(super) ending: Ending,
+pub(super) struct EndingVerdict<'a> {
+    pub(super) ending: ProgramEnding,
     pub(super) process: &'a Process,
     /// The init that has passed the signal on.
     pub(super) init: Option<&'a Process>,
 }
 
-impl Ending {
+impl ProgramEnding {
     /// Whether requests under way are finished, as far as ebb can tell.
     pub(super) const fn is_good(self) -> bool {
         matches!(self, Self::Handled | Self::Server(_, Reaction::Drains))
@@ -66,18 +66,18 @@ pub(super) fn draining(process: &Process) -> Option<StopSignal> {
 }
 
 /// What the signal does if it is sent to this process.
-pub(super) fn verdict(process: &Process, signal: u32) -> Verdict<'_> {
+pub(super) fn verdict(process: &Process, signal: u32) -> EndingVerdict<'_> {
     follow(process, signal, None)
 }
 
-fn follow<'a>(process: &'a Process, signal: u32, init: Option<&'a Process>) -> Verdict<'a> {
-    let at = |ending| Verdict {
+fn follow<'a>(process: &'a Process, signal: u32, init: Option<&'a Process>) -> EndingVerdict<'a> {
+    let at = |ending| EndingVerdict {
         ending,
         process,
         init,
     };
     if signal == KILL {
-        return at(Ending::Ends);
+        return at(ProgramEnding::Ends);
     }
     let effect = process.signals.effect(signal);
     match kind(process) {
@@ -95,33 +95,33 @@ fn follow<'a>(process: &'a Process, signal: u32, init: Option<&'a Process>) -> V
                 ending if ending.is_unknown() => 1,
                 _ => 2,
             });
-            worst.unwrap_or_else(|| at(Ending::Handled))
+            worst.unwrap_or_else(|| at(ProgramEnding::Handled))
         }
         Kind::Shell if !process.children.is_empty() => at(match effect {
-            SignalEffect::Caught => Ending::Trapped,
-            SignalEffect::None => Ending::NotPassedOn,
-            SignalEffect::Ends => Ending::EndsShell,
+            SignalEffect::Caught => ProgramEnding::Trapped,
+            SignalEffect::None => ProgramEnding::NotPassedOn,
+            SignalEffect::Ends => ProgramEnding::EndsShell,
         }),
         kind => at(match effect {
-            SignalEffect::None => Ending::RunsOn,
-            SignalEffect::Ends => Ending::Ends,
+            SignalEffect::None => ProgramEnding::RunsOn,
+            SignalEffect::Ends => ProgramEnding::Ends,
             SignalEffect::Caught => caught(kind, process, signal),
         }),
     }
 }
 
-fn caught(kind: Kind, process: &Process, signal: u32) -> Ending {
+fn caught(kind: Kind, process: &Process, signal: u32) -> ProgramEnding {
     match kind {
         Kind::Server(server) => match server.reaction(signal, process) {
-            Some(reaction) => Ending::Server(server, reaction),
-            None => Ending::Handled,
+            Some(reaction) => ProgramEnding::Server(server, reaction),
+            None => ProgramEnding::Handled,
         },
-        Kind::Runtime(Runtime::Go) if signal == QUIT => Ending::Dumps,
+        Kind::Runtime(Runtime::Go) if signal == QUIT => ProgramEnding::Dumps,
         // A handler of Python is the program's own.
-        Kind::Runtime(Runtime::Python) => Ending::Handled,
-        Kind::Runtime(runtime) => Ending::Runtime(runtime),
-        Kind::Shell => Ending::Trapped,
-        Kind::Init | Kind::Other => Ending::Handled,
+        Kind::Runtime(Runtime::Python) => ProgramEnding::Handled,
+        Kind::Runtime(runtime) => ProgramEnding::Runtime(runtime),
+        Kind::Shell => ProgramEnding::Trapped,
+        Kind::Init | Kind::Other => ProgramEnding::Handled,
     }
 }
 
@@ -132,7 +132,7 @@ mod tests {
 
     const TERM: u64 = 1 << 14;
 
-    fn of(process: &Process) -> Ending {
+    fn of(process: &Process) -> ProgramEnding {
         verdict(process, 15).ending
     }
 
@@ -140,56 +140,80 @@ mod tests {
     fn an_inits_child_is_judged_instead() {
         let app = |caught| process("app", 7, caught);
         let init = |child: Process| process("dumb-init", 1, TERM).with_child(child);
-        assert!(matches!(of(&init(app(TERM))), Ending::Handled));
-        assert!(matches!(of(&init(app(0))), Ending::Ends));
+        assert!(matches!(of(&init(app(TERM))), ProgramEnding::Handled));
+        assert!(matches!(of(&init(app(0))), ProgramEnding::Ends));
         // `tini -- sh -c app`
         let shell = init(process("dash", 7, 0).with_child(process("app", 8, TERM)));
         let found = verdict(&shell, 15);
-        assert!(matches!(found.ending, Ending::EndsShell), "{found:?}");
+        assert!(
+            matches!(found.ending, ProgramEnding::EndsShell),
+            "{found:?}"
+        );
         assert_eq!(found.init.unwrap().program, "dumb-init");
         // An init that does not act on the signal drops it.
-        assert!(matches!(of(&process("dumb-init", 1, 0)), Ending::RunsOn));
+        assert!(matches!(
+            of(&process("dumb-init", 1, 0)),
+            ProgramEnding::RunsOn
+        ));
     }
 
     #[test]
     fn a_shell_passes_nothing_on_unless_it_has_become_the_program() {
         let app = process("app", 8, TERM);
         let shell = process("bash", 1, 0).with_child(app.clone());
-        assert!(matches!(of(&shell), Ending::NotPassedOn));
+        assert!(matches!(of(&shell), ProgramEnding::NotPassedOn));
         let trap = process("bash", 1, TERM).with_child(app);
-        assert!(matches!(of(&trap), Ending::Trapped));
+        assert!(matches!(of(&trap), ProgramEnding::Trapped));
         // `exec app` leaves no shell.
-        assert!(matches!(of(&process("app", 1, TERM)), Ending::Handled));
+        assert!(matches!(
+            of(&process("app", 1, TERM)),
+            ProgramEnding::Handled
+        ));
     }
 
     #[test]
     fn what_a_runtime_catches_says_nothing_about_the_program() {
         let node = of(&process("node", 1, TERM));
-        assert!(matches!(node, Ending::Runtime(Runtime::Node)), "{node:?}");
+        assert!(
+            matches!(node, ProgramEnding::Runtime(Runtime::Node)),
+            "{node:?}"
+        );
         let java = process("java", 1, TERM);
-        assert!(matches!(of(&java), Ending::Runtime(Runtime::Java)));
+        assert!(matches!(of(&java), ProgramEnding::Runtime(Runtime::Java)));
         // -Xrs
-        assert!(matches!(of(&process("java", 1, 0)), Ending::RunsOn));
+        assert!(matches!(of(&process("java", 1, 0)), ProgramEnding::RunsOn));
         assert!(matches!(
             of(&process("python3.11", 1, TERM)),
-            Ending::Handled
+            ProgramEnding::Handled
         ));
-        assert!(matches!(of(&process("python3.11", 1, 0)), Ending::RunsOn));
-        assert!(matches!(of(&process("python3.11", 7, 0)), Ending::Ends));
+        assert!(matches!(
+            of(&process("python3.11", 1, 0)),
+            ProgramEnding::RunsOn
+        ));
+        assert!(matches!(
+            of(&process("python3.11", 7, 0)),
+            ProgramEnding::Ends
+        ));
         let go = Process {
             is_go: true,
             ..process("app", 1, u64::MAX)
         };
-        assert!(matches!(of(&go), Ending::Runtime(Runtime::Go)));
-        assert!(matches!(verdict(&go, 3).ending, Ending::Dumps));
+        assert!(matches!(of(&go), ProgramEnding::Runtime(Runtime::Go)));
+        assert!(matches!(verdict(&go, 3).ending, ProgramEnding::Dumps));
     }
 
     #[test]
     fn a_server_that_does_not_catch_the_signal_does_not_react() {
         let nginx = process("nginx", 1, TERM);
-        assert!(matches!(of(&nginx), Ending::Server(_, Reaction::Drops)));
+        assert!(matches!(
+            of(&nginx),
+            ProgramEnding::Server(_, Reaction::Drops)
+        ));
         // HAProxy without -W has no handler for SIGTERM.
-        assert!(matches!(of(&process("haproxy", 1, 0)), Ending::RunsOn));
-        assert!(matches!(verdict(&nginx, 9).ending, Ending::Ends));
+        assert!(matches!(
+            of(&process("haproxy", 1, 0)),
+            ProgramEnding::RunsOn
+        ));
+        assert!(matches!(verdict(&nginx, 9).ending, ProgramEnding::Ends));
     }
 }

@@ -37,12 +37,11 @@ pub(super) async fn run(flags: &AdviseFlags) -> Result<()> {
     let mut list: AdviceList = client.get_json("/v1/advice").await?;
     let owner = flags.workload.as_deref().and_then(OwnerRef::parse);
     list.workloads.retain(|w| {
-        let is_in = |namespace: &String| w.namespace == *namespace;
         let is_called = |name: &String| match &owner {
             Some(owner) => w.workload == owner.name,
             None => w.workload == *name || w.to_string() == *name,
         };
-        flags.table.namespace.as_ref().is_none_or(is_in)
+        flags.table.view.scope.includes(&w.namespace)
             && flags.workload.as_ref().is_none_or(is_called)
     });
     flags.table.print(&list)

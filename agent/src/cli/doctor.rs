@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use ebb_core::socket_path;
 
-use super::ViewFlags;
+use super::output::ViewFlags;
 use crate::host::doctor::{self, DoctorOptions};
 
 /// The legend of the table.
@@ -45,7 +45,7 @@ pub(super) struct DoctorFlags {
     )]
     cgroup_root: PathBuf,
     #[command(flatten)]
-    view: ViewFlags,
+    pub(super) view: ViewFlags,
 }
 
 pub(super) async fn run(flags: &DoctorFlags) -> Result<()> {
@@ -57,7 +57,7 @@ pub(super) async fn run(flags: &DoctorFlags) -> Result<()> {
     };
     let agent = flags.view.agent.client();
     let diagnosis = match &flags.pod {
-        Some(pod) => doctor::advise(&at, &agent, pod).await?,
+        Some(pod) => doctor::advise(&at, &agent, &flags.view.scope.pod(pod)?).await?,
         None => doctor::node(&at, &agent).await,
     };
     flags.view.print(&diagnosis)?;

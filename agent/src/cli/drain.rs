@@ -23,7 +23,7 @@ pub(super) struct DrainFlags {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    view: ViewFlags,
+    pub(super) view: ViewFlags,
 }
 
 pub(super) async fn run(flags: &DrainFlags) -> Result<()> {
@@ -35,7 +35,7 @@ pub(super) async fn run(flags: &DrainFlags) -> Result<()> {
             .exit();
     }
     let client = flags.view.agent.client();
-    let query = serde_urlencoded::to_string([("pod", &flags.pod)])?;
+    let query = serde_urlencoded::to_string([("pod", flags.view.scope.pod(&flags.pod)?)])?;
     let explanation: Explanation = client.get_json(&format!("/v1/explain?{query}")).await?;
     let query =
         serde_urlencoded::to_string([("pod", explanation.pod.uid.as_str()), ("all", "true")])?;

@@ -63,12 +63,11 @@ fn filtered(mut list: DrainList, flags: &DrainsFlags) -> DrainList {
     let now = SystemTime::now();
     let owner = flags.pod.as_deref().and_then(OwnerRef::parse);
     list.drains.retain(|r| {
-        let is_in = |namespace: &String| r.pod.namespace == *namespace;
         let is_wanted = |pod: &String| match &owner {
             Some(owner) => r.workload.as_ref() == Some(&owner.name),
             None => r.pod.name == *pod || r.pod.to_string() == *pod || r.pod.uid.as_str() == pod,
         };
-        flags.table.namespace.as_ref().is_none_or(is_in)
+        flags.table.view.scope.includes(&r.pod.namespace)
             && flags.pod.as_ref().is_none_or(is_wanted)
             && flags.since.is_none_or(|since| is_since(r, since, now))
     });

@@ -8,7 +8,7 @@ use ebb_protocol::{
     service::{listen::ListenError, log::LogError},
 };
 
-use super::wait::NotDrained;
+use super::{output::OtherNamespace, wait::NotDrained};
 use crate::{
     app::{run_dir::RunDirError, start::StartError},
     host::{doctor::FailedChecks, install::InstallError},
@@ -62,6 +62,9 @@ fn status(cause: &(dyn Error + 'static)) -> Option<u8> {
     }
     if cause.is::<NotDrained>() {
         return Some(13);
+    }
+    if cause.is::<OtherNamespace>() {
+        return Some(2);
     }
     if cause.is::<FailedChecks>() {
         return Some(11);

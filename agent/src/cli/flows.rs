@@ -113,7 +113,7 @@ pub(super) async fn run(flags: &FlowsFlags) -> Result<()> {
     let query = FlowQuery {
         pod: flags.pod.clone(),
         all: flags.all,
-        namespace: flags.table.namespace.clone(),
+        namespace: flags.table.view.scope.namespace.clone(),
         labels: flags.selector.clone(),
         state: (!states.is_empty()).then(|| states.join(",")),
         peer: flags.peer.clone(),

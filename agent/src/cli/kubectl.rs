@@ -21,7 +21,10 @@ use clap::{Args, FromArgMatches as _};
 use ebb_protocol::filter::OwnerRef;
 
 use self::agents::{Agents, RemoteAgent};
-use super::{Cli, CliVerb};
+use super::{
+    Cli, CliVerb,
+    output::{NamespaceFlags, OtherNamespace},
+};
 
 /// The name by which kubectl finds the plugin.
 const NAME: &str = "kubectl-ebb";
@@ -61,11 +64,12 @@ pub struct Plugin {
 }
 
 /// Where a verb runs.
-enum Route<'a> {
+enum Route {
     /// On all nodes, and the lists become one.
     List,
-    /// On the node of this pod. If the verb changes something, the API server must know the pod.
-    Pod { pod: &'a str, changes: bool },
+    /// On the node of this pod: its name, or `NAMESPACE/NAME`. If the verb changes something, the API server must know
+    /// the pod.
+    Pod { pod: String, changes: bool },
     /// On each node after another.
     EachNode,
     /// On one node, with the terminal.
@@ -100,14 +104,14 @@ impl Plugin {
     ///
     /// The API server can't be used, or no agent runs where the verb belongs.
     pub async fn run(self) -> Result<ExitCode> {
-        let route = route(&self.verb);
+        let route = route(&self.verb)?;
         if matches!(route, Route::Nowhere) {
             bail!("this command is about the host that it runs on: run `ebb` on the node");
         }
         let agents = Agents::find(&self.cluster).await?;
         let status = match route {
             Route::List => list::run(&self.verb, &agents, &self.remote).await?,
-            Route::Pod { pod, changes } => self.on_the_pods_node(&agents, pod, changes).await?,
+            Route::Pod { pod, changes } => self.on_the_pods_node(&agents, &pod, changes).await?,
             Route::EachNode => each_node(&agents, &self.remote).await,
             Route::Terminal => agents.only()?.with_terminal(&self.remote).await?,
             Route::Nowhere => 1,
@@ -162,43 +166,31 @@ async fn each_node(agents: &Agents, args: &[String]) -> u8 {
     status
 }
 
-fn route(verb: &CliVerb) -> Route<'_> {
-    match verb {
+fn route(verb: &CliVerb) -> Result<Route, OtherNamespace> {
+    let to_pod = |scope: &NamespaceFlags, pod: &str, changes: bool| {
+        let pod = scope.pod(pod)?;
+        Ok(Route::Pod { pod, changes })
+    };
+    Ok(match verb {
         // A watch never ends, so it can't be added up.
         CliVerb::Pods(flags) if flags.watch.watch => Route::Terminal,
         CliVerb::Drains(flags) if flags.watch => Route::Terminal,
         CliVerb::Flows(flags) if flags.watch.watch => Route::Terminal,
         CliVerb::Pods(_) | CliVerb::Drains(_) => Route::List,
         CliVerb::Flows(flags) => match &flags.pod {
-            Some(pod) if OwnerRef::parse(pod).is_none() => Route::Pod {
-                pod,
-                changes: false,
-            },
+            Some(pod) if OwnerRef::parse(pod).is_none() => {
+                return to_pod(&flags.table.view.scope, pod, false);
+            }
             // The pods of an owner may run on any node.
             _ => Route::List,
         },
-        CliVerb::Drain(flags) => Route::Pod {
-            pod: &flags.pod,
-            changes: false,
-        },
+        CliVerb::Drain(flags) => return to_pod(&flags.view.scope, &flags.pod, false),
         // The wait begins the pod's drain.
-        CliVerb::Wait(flags) => Route::Pod {
-            pod: &flags.pod,
-            changes: true,
-        },
-        CliVerb::Explain(flags) => Route::Pod {
-            pod: &flags.pod,
-            changes: false,
-        },
-        CliVerb::Release(flags) => Route::Pod {
-            pod: &flags.pod,
-            changes: true,
-        },
+        CliVerb::Wait(flags) => return to_pod(&flags.view.scope, &flags.pod, true),
+        CliVerb::Explain(flags) => return to_pod(&flags.view.scope, &flags.pod, false),
+        CliVerb::Release(flags) => return to_pod(&flags.view.scope, &flags.pod, true),
         CliVerb::Doctor(flags) => match &flags.pod {
-            Some(pod) => Route::Pod {
-                pod,
-                changes: false,
-            },
+            Some(pod) => return to_pod(&flags.view.scope, pod, false),
             None => Route::EachNode,
         },
         // Each agent knows the drains of its node only, and percentiles can't be added up.
@@ -209,7 +201,7 @@ fn route(verb: &CliVerb) -> Route<'_> {
         | CliVerb::UninstallCri(_)
         | CliVerb::Completion(_)
         | CliVerb::Man(_) => Route::Nowhere,
-    }
+    })
 }
 
 #[cfg(test)]
@@ -218,6 +210,14 @@ mod tests {
 
     fn plugin(args: &[&str]) -> Plugin {
         Plugin::parse(args.iter().map(OsString::from))
+    }
+
+    fn pod_of(plugin: &Plugin) -> Result<String, String> {
+        match route(&plugin.verb) {
+            Ok(Route::Pod { pod, .. }) => Ok(pod),
+            Ok(_) => Err("it runs elsewhere".into()),
+            Err(e) => Err(e.to_string()),
+        }
     }
 
     #[test]
@@ -244,32 +244,39 @@ mod tests {
         assert_eq!(p.cluster.node.as_deref(), Some("a"));
         assert_eq!(p.cluster.agent_namespace, "ebb-system");
         assert_eq!(p.remote, ["flows", "shop/web", "--port", "80"]);
-        let to_pod = Route::Pod {
-            pod: "shop/web",
-            changes: false,
-        };
-        assert!(
-            matches!((route(&p.verb), to_pod), (Route::Pod { pod: a, .. }, Route::Pod { pod: b, .. }) if a == b)
-        );
+        assert_eq!(pod_of(&p), Ok("shop/web".into()));
+    }
+
+    #[test]
+    fn the_namespace_of_the_flag_goes_to_the_api_server_and_to_the_agent() {
+        for verb in ["flows", "explain", "wait", "release", "drain", "doctor"] {
+            let p = plugin(&["kubectl-ebb", verb, "web-0", "-n", "shop"]);
+            assert_eq!(pod_of(&p), Ok("shop/web-0".into()), "{verb}");
+            assert_eq!(p.remote, [verb, "web-0", "-n", "shop"]);
+            let other = plugin(&["kubectl-ebb", verb, "shop/web-0", "--namespace=test"]);
+            assert!(pod_of(&other).is_err(), "{verb}");
+            let all = plugin(&["kubectl-ebb", verb, "web-0", "-A"]);
+            assert_eq!(pod_of(&all), Ok("web-0".into()), "{verb}");
+        }
     }
 
     #[test]
     fn a_verb_that_cuts_connections_needs_a_pod_that_the_api_server_knows() {
         let release = plugin(&["kubectl-ebb", "release", "shop/web"]);
         assert!(matches!(
-            route(&release.verb),
+            route(&release.verb).unwrap(),
             Route::Pod { changes: true, .. }
         ));
         let wait = plugin(&["kubectl-ebb", "wait", "shop/web"]);
         assert!(matches!(
-            route(&wait.verb),
+            route(&wait.verb).unwrap(),
             Route::Pod { changes: true, .. }
         ));
         let watch = plugin(&["kubectl-ebb", "drains", "-w", "--node", "a"]);
-        assert!(matches!(route(&watch.verb), Route::Terminal));
+        assert!(matches!(route(&watch.verb).unwrap(), Route::Terminal));
         let owner = plugin(&["kubectl-ebb", "flows", "deploy/web"]);
-        assert!(matches!(route(&owner.verb), Route::List));
+        assert!(matches!(route(&owner.verb).unwrap(), Route::List));
         let agent = plugin(&["kubectl-ebb", "man"]);
-        assert!(matches!(route(&agent.verb), Route::Nowhere));
+        assert!(matches!(route(&agent.verb).unwrap(), Route::Nowhere));
     }
 }

@@ -29,7 +29,7 @@ use ebb_core::socket_path;
 use ebb_protocol::{client::AgentClient, service::log::LogFormat};
 use tokio::runtime::{Builder, Runtime};
 
-use self::output::{ViewFlags, print};
+use self::output::print;
 
 /// Lets Kubernetes pods end without cutting off their clients.
 #[derive(Parser)]
@@ -77,7 +77,7 @@ enum CliVerb {
     /// Undo what install-cri did.
     UninstallCri(uninstall_cri::UninstallCriFlags),
     /// Print the versions of this program, the agent and the running CRI proxies.
-    Version(ViewFlags),
+    Version(version::VersionFlags),
     /// Print the completion of commands and flags for a shell, as in `source <(ebb completion bash)`.
     Completion(completion::CompletionFlags),
     /// Print the manual page of ebb, as in `ebb man | man -l -`.

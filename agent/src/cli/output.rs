@@ -21,6 +21,27 @@ pub(super) struct ViewFlags {
     /// The format of the output.
     #[arg(short, long, value_enum, default_value_t)]
     pub(super) output: OutputFormat,
+    #[command(flatten)]
+    pub(super) scope: NamespaceFlags,
+}
+
+/// Flags of the verbs about pods.
+#[derive(Args, Clone)]
+pub(super) struct NamespaceFlags {
+    /// Only pods of this namespace.
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub(super) namespace: Option<String>,
+    /// Pods of all namespaces, which is the default.
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    all_namespaces: bool,
+}
+
+/// `-n` names another namespace than the pod's name does.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{pod} is not in namespace {namespace}: give its name alone, or leave out -n")]
+pub(super) struct OtherNamespace {
+    pod: String,
+    namespace: String,
 }
 
 /// Flags of the verbs that print a table.
@@ -31,12 +52,6 @@ pub(super) struct TableFlags {
     /// Leave out the line with the names of the columns.
     #[arg(long)]
     pub(super) no_headers: bool,
-    /// List only pods of this namespace.
-    #[arg(short, long, value_name = "NAMESPACE")]
-    pub(super) namespace: Option<String>,
-    /// List pods of all namespaces, which is the default.
-    #[arg(short = 'A', long, conflicts_with = "namespace")]
-    all_namespaces: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -87,6 +102,32 @@ impl OutputFormat {
             Self::Jsonl => print(&lines(&document.lines()?)),
             Self::Name => print(&lines(&document.names())),
         }
+    }
+}
+
+impl NamespaceFlags {
+    /// The pod's name or UID with its namespace, if `-n` gives one: the agent takes `NAMESPACE/NAME`.
+    ///
+    /// # Errors
+    ///
+    /// [`OtherNamespace`] if the name has another one.
+    pub(super) fn pod(&self, pod: &str) -> Result<String, OtherNamespace> {
+        match (&self.namespace, pod.split_once('/')) {
+            (None, _) => Ok(pod.to_owned()),
+            (Some(namespace), None) => Ok(format!("{namespace}/{pod}")),
+            (Some(namespace), Some((own, _))) if namespace == own => Ok(pod.to_owned()),
+            (Some(namespace), Some(_)) => Err(OtherNamespace {
+                pod: pod.to_owned(),
+                namespace: namespace.clone(),
+            }),
+        }
+    }
+
+    /// Whether pods of this namespace are wanted.
+    pub(super) fn includes(&self, namespace: &str) -> bool {
+        self.namespace
+            .as_deref()
+            .is_none_or(|only| only == namespace)
     }
 }
 
@@ -205,5 +246,30 @@ impl Document for Released {
 
     fn text(&self, _: TableStyle) -> RenderedTable {
         plain(super::release::text(&self.report))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_name_gets_the_namespace_of_the_flag() {
+        let named = |namespace: Option<&str>, pod: &str| {
+            let flags = NamespaceFlags {
+                namespace: namespace.map(Into::into),
+                all_namespaces: false,
+            };
+            flags.pod(pod).map_err(|e| e.to_string())
+        };
+        assert_eq!(named(None, "web"), Ok("web".into()));
+        assert_eq!(named(None, "shop/web"), Ok("shop/web".into()));
+        assert_eq!(named(Some("shop"), "web"), Ok("shop/web".into()));
+        assert_eq!(named(Some("shop"), "shop/web"), Ok("shop/web".into()));
+        let why = named(Some("test"), "shop/web").unwrap_err();
+        assert!(
+            why.starts_with("shop/web is not in namespace test"),
+            "{why}"
+        );
     }
 }

@@ -79,7 +79,7 @@ pub(super) fn selector(text: &str) -> Result<String, String> {
 
 pub(super) async fn run(flags: &PodsFlags) -> Result<()> {
     let query = PodQuery {
-        namespace: flags.table.namespace.clone(),
+        namespace: flags.table.view.scope.namespace.clone(),
         labels: flags.selector.clone(),
         owner: flags.owner.clone(),
     };

@@ -10,7 +10,7 @@ use ebb_protocol::{
     views::{ReleaseRequest, Released},
 };
 
-use super::ViewFlags;
+use super::output::ViewFlags;
 
 #[derive(Args)]
 pub(super) struct ReleaseFlags {
@@ -18,12 +18,12 @@ pub(super) struct ReleaseFlags {
     /// pod's connections.
     pub(super) pod: String,
     #[command(flatten)]
-    view: ViewFlags,
+    pub(super) view: ViewFlags,
 }
 
 pub(super) async fn run(flags: &ReleaseFlags) -> Result<()> {
     let request = ReleaseRequest {
-        pod: flags.pod.clone(),
+        pod: flags.view.scope.pod(&flags.pod)?,
     };
     let client = flags.view.agent.client();
     let released: Released = client.post_json("/v1/release", &request).await?;

@@ -28,13 +28,14 @@ use clap::Args;
 use ebb_core::format::{duration_within as within, one_line};
 use ebb_protocol::{
     client::{AgentClient, AgentError},
+    filter::PodQuery,
     service::stop_on_signal,
     views::{DrainList, PodList},
 };
 use tokio::time::sleep;
 
 use self::frame::frame;
-use super::ConnectFlags;
+use super::{ConnectFlags, output::NamespaceFlags};
 
 const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
 
@@ -90,10 +91,49 @@ pub(super) struct TopFlags {
     #[arg(short, long, default_value = "2s", value_parser = within(INTERVAL), value_name = "DURATION")]
     interval: Duration,
     /// Exit after N refreshes instead of at q or Ctrl-C.
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(long, value_name = "N")]
     times: Option<NonZeroU32>,
     #[command(flatten)]
     agent: ConnectFlags,
+    #[command(flatten)]
+    scope: NamespaceFlags,
+}
+
+/// Asks the agent for the lists of the pods that the flags ask for.
+#[derive(Clone)]
+struct Source {
+    client: AgentClient,
+    scope: NamespaceFlags,
+}
+
+impl Source {
+    fn new(flags: &TopFlags) -> Self {
+        Self {
+            client: flags.agent.client(),
+            scope: flags.scope.clone(),
+        }
+    }
+
+    async fn pods(&self) -> Result<PodList, AgentError> {
+        let query = PodQuery {
+            namespace: self.scope.namespace.clone(),
+            ..PodQuery::default()
+        };
+        // Plain values always have this form.
+        let query = serde_urlencoded::to_string(query).unwrap_or_default();
+        self.client.get_json(&format!("/v1/pods?{query}")).await
+    }
+
+    async fn drains(&self) -> Result<DrainList, AgentError> {
+        let mut list: DrainList = self.client.get_json("/v1/drains").await?;
+        list.drains
+            .retain(|report| self.scope.includes(&report.pod.namespace));
+        Ok(list)
+    }
+
+    async fn lists(&self) -> Result<(PodList, DrainList), AgentError> {
+        tokio::try_join!(self.pods(), self.drains())
+    }
 }
 
 pub(super) async fn run(flags: &TopFlags) -> Result<()> {
@@ -107,9 +147,9 @@ pub(super) async fn run(flags: &TopFlags) -> Result<()> {
 
 /// Appends a frame to standard output at each refresh.
 async fn print_frames(flags: &TopFlags) -> Result<()> {
-    let client = flags.agent.client();
+    let source = Source::new(flags);
     // If the first request fails, the command does. Later failures are shown above the last lists.
-    let mut lists = node_lists(&client).await?;
+    let mut lists = source.lists().await?;
     let mut problem = None;
     let stop = stop_on_signal()?;
     let mut left = flags.times.map(NonZeroU32::get);
@@ -127,7 +167,7 @@ async fn print_frames(flags: &TopFlags) -> Result<()> {
         }
         let next = async {
             sleep(flags.interval).await;
-            node_lists(&client).await
+            source.lists().await
         };
         match stop.run_until_cancelled(next).await {
             None => return Ok(()),
@@ -136,10 +176,6 @@ async fn print_frames(flags: &TopFlags) -> Result<()> {
             Some(Err(e)) => problem = Some(not_refreshed(&e)),
         }
     }
-}
-
-async fn node_lists(client: &AgentClient) -> Result<(PodList, DrainList), AgentError> {
-    tokio::try_join!(client.get_json("/v1/pods"), client.get_json("/v1/drains"))
 }
 
 fn not_refreshed(e: &AgentError) -> String {

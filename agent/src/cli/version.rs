@@ -1,28 +1,42 @@
 //! `ebb version`.
 
 use anyhow::Result;
+use clap::Args;
 use ebb_core::format::one_line;
 use ebb_protocol::{
     table::{RenderedTable, TableStyle},
     views::{ProxyVersion, SCHEMA, VersionView, Versions},
 };
 
-use super::output::{Document, ViewFlags, plain};
+use super::{
+    ConnectFlags,
+    output::{Document, OutputFormat, plain},
+};
 use crate::host::{doctor::host_root, proxy};
 
-pub(super) async fn run(flags: &ViewFlags) -> Result<()> {
+#[derive(Args)]
+pub(super) struct VersionFlags {
+    #[command(flatten)]
+    agent: ConnectFlags,
+    /// The format of the output.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: OutputFormat,
+}
+
+pub(super) async fn run(flags: &VersionFlags) -> Result<()> {
     let agent: Result<VersionView, _> = flags.agent.client().get_json("/v1/version").await;
     let (agent, agent_error) = match agent {
         Ok(view) => (Some(view.version), None),
         Err(e) => (None, Some(one_line(&e))),
     };
-    flags.print(&Versions {
+    let versions = Versions {
         schema: SCHEMA.into(),
         ebb: env!("CARGO_PKG_VERSION").into(),
         agent,
         agent_error,
         proxies: proxy::running(&host_root()),
-    })
+    };
+    flags.output.print(&versions, false)
 }
 
 fn text(v: &Versions) -> String {

@@ -30,7 +30,7 @@ pub(super) struct WaitFlags {
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
     #[command(flatten)]
-    view: ViewFlags,
+    pub(super) view: ViewFlags,
 }
 
 /// The pod has not drained.
@@ -44,7 +44,7 @@ pub(super) async fn run(flags: &WaitFlags) -> Result<()> {
         .map(|t| humantime::format_duration(t).to_string());
     let until = flags.until.map(|until| until.name().to_owned());
     let query = [
-        ("pod", Some(flags.pod.clone())),
+        ("pod", Some(flags.view.scope.pod(&flags.pod)?)),
         ("until", until),
         ("timeout", timeout),
     ];

@@ -59,9 +59,19 @@ impl FindError {
     }
 }
 
-/// Whether `wanted` is the pod's whole name, `namespace/name` or UID.
+/// Whether `wanted` is the pod's whole name or UID, alone or as `namespace/name`.
 pub fn is_called(pod: &PodName, wanted: &str) -> bool {
-    pod.name == wanted || pod.uid.as_str() == wanted || pod.to_string() == wanted
+    let (namespace, name) = namespace_and_name(wanted);
+    namespace.is_none_or(|namespace| pod.namespace == namespace)
+        && (pod.name == name || pod.uid.as_str() == name)
+}
+
+/// Splits `namespace/name`.
+fn namespace_and_name(wanted: &str) -> (Option<&str>, &str) {
+    match wanted.split_once('/') {
+        Some((namespace, name)) => (Some(namespace), name),
+        None => (None, wanted),
+    }
 }
 
 /// The names of pods, sorted, with the UID where two of them have one name.
@@ -154,10 +164,7 @@ impl PodTable {
         let not_found = || FindError::NotFound {
             wanted: wanted.into(),
         };
-        let (namespace, name) = match wanted.split_once('/') {
-            Some((namespace, name)) => (Some(namespace), name),
-            None => (None, wanted),
-        };
+        let (namespace, name) = namespace_and_name(wanted);
         if name.is_empty() {
             return Err(not_found());
         }
@@ -298,10 +305,18 @@ pub(crate) mod tests {
     #[test]
     fn a_whole_name_is_no_prefix() {
         let pod = pod("aa11", "web-7f9c", &[]).name;
-        for wanted in ["web-7f9c", "shop/web-7f9c", "aa11"] {
+        for wanted in ["web-7f9c", "shop/web-7f9c", "aa11", "shop/aa11"] {
             assert!(is_called(&pod, wanted), "{wanted}");
         }
-        for wanted in ["web", "shop/web", "shop/", "aa", "", "test/web-7f9c"] {
+        for wanted in [
+            "web",
+            "shop/web",
+            "shop/",
+            "aa",
+            "",
+            "test/web-7f9c",
+            "test/aa11",
+        ] {
             assert!(!is_called(&pod, wanted), "{wanted}");
         }
     }

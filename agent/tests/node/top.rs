@@ -33,7 +33,7 @@ async fn piped(scene: Scene) -> Result<()> {
     let _peer = Peer::asking(pod.v4(8080)?, "/slow?ms=60000").await?;
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
     agent.until_draining("top-going").await?;
-    let text = agent.query(&["top", "-n", "2", "-i", "100ms"]).await?;
+    let text = agent.query(&["top", "--times", "2", "-i", "100ms"]).await?;
     let frames: Vec<_> = text.split_terminator("\n\n").collect();
     ensure!(frames.len() == 2 && !text.contains('\x1b'), "{text}");
     for frame in frames {

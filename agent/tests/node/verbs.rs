@@ -36,6 +36,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             watch,
         ),
         trial("lists_take_an_owner_for_a_pod", owners),
+        trial("a_namespace_chooses_between_pods_of_one_name", namespaces),
     ]
 }
 
@@ -277,5 +278,62 @@ async fn owners(scene: Scene) -> Result<()> {
     ensure!(out.status.code() == Some(2), "{out:?}");
     waited(&agent, &[both[0]]).await?;
     ensure!(names(&["drains", "deploy/owned"]).await? == both[..1]);
+    agent.stop().await
+}
+
+async fn namespaces(scene: Scene) -> Result<()> {
+    let agent = scene.agent(&["--quiet", "300ms"]).await?;
+    let spec = || PodSpec::new("twin").container(server("app", 8080));
+    scene.run(spec()).await?;
+    let mut other = spec();
+    other.namespace = "twins".into();
+    let uid = other.uid.clone();
+    scene.run(other).await?;
+    for verb in [
+        &["explain", "twin"][..],
+        &["drain", "twin", "--dry-run"],
+        &["doctor", "twin"],
+        &["flows", "twin"],
+        &["wait", "twin"],
+        &["release", "twin"],
+    ] {
+        let out = agent.verb(verb).await?;
+        let why = String::from_utf8(out.stderr)?;
+        ensure!(
+            out.status.code() == Some(10) && why.contains("twins/twin"),
+            "{verb:?}: {why}"
+        );
+        let out = agent
+            .verb(&[verb, &["-n", "twins", "-o", "name"]].concat())
+            .await?;
+        let (text, why) = (
+            String::from_utf8(out.stdout)?,
+            String::from_utf8(out.stderr)?,
+        );
+        match verb[0] {
+            // It found the pod, which is not held.
+            "release" => ensure!(why.contains("twins/twin is not draining"), "{why}"),
+            // Without connections there are no rows.
+            "flows" => ensure!(out.status.success() && text.is_empty(), "{text}{why}"),
+            _ => ensure!(text == "twins/twin\n", "{verb:?}: {text}{why}"),
+        }
+        let out = agent.verb(&[verb, &["-n", "elsewhere"]].concat()).await?;
+        ensure!(out.status.code() == Some(10), "{verb:?}: {out:?}");
+    }
+    let explanation = agent
+        .query(&["explain", &uid, "-n", "twins", "-o", "name"])
+        .await?;
+    ensure!(explanation == "twins/twin\n", "{explanation}");
+    let out = agent
+        .verb(&["explain", "default/twin", "-n", "twins"])
+        .await?;
+    ensure!(out.status.code() == Some(2), "{out:?}");
+    let top = agent.query(&["top", "--times", "1", "-n", "twins"]).await?;
+    let names: Vec<_> = top
+        .lines()
+        .skip(2)
+        .filter_map(|row| row.split_whitespace().next())
+        .collect();
+    ensure!(names == ["twins"], "{top}");
     agent.stop().await
 }

@@ -92,7 +92,10 @@ impl Agents {
             many => {
                 let namespaces = many.iter().filter_map(|p| p.metadata.namespace.as_deref());
                 let names: Vec<_> = namespaces.map(|ns| format!("  {ns}/{name}")).collect();
-                bail!("more than one pod is called {name}:\n{}", names.join("\n"))
+                bail!(
+                    "more than one pod is called {name}; choose its namespace with -n:\n{}",
+                    names.join("\n")
+                )
             }
         };
         let node = node.with_context(|| format!("pod {pod} is not on a node yet"))?;
@@ -123,4 +126,49 @@ async fn connect(flags: &ClusterFlags) -> Result<Client> {
     };
     let config = config.context("can't use the kubeconfig; name another one with --kubeconfig")?;
     Ok(Client::try_from(config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use ebb_testkit::{api_server::ApiServer, kubelet::PodSpec};
+
+    use super::*;
+
+    /// The agents of two nodes, and a pod `web-0` in a namespace of each.
+    async fn cluster() -> (ApiServer, Agents) {
+        let api = ApiServer::start(([127, 0, 0, 1], 0).into()).await.unwrap();
+        for (namespace, node) in [("shop", "node-a"), ("test", "node-b")] {
+            let mut agent =
+                PodSpec::new(&format!("ebb-{node}")).label("app.kubernetes.io/name", "ebb");
+            agent.namespace = "ebb-system".into();
+            api.create(&agent, node);
+            let mut pod = PodSpec::new("web-0");
+            pod.namespace = namespace.into();
+            api.create(&pod, node);
+        }
+        let directory = tempfile::TempDir::new().unwrap();
+        let kubeconfig = directory.path().join("kubeconfig");
+        api.kubeconfig(&kubeconfig).unwrap();
+        let flags = ClusterFlags {
+            kubeconfig: Some(kubeconfig),
+            agent_namespace: "ebb-system".into(),
+            ..ClusterFlags::default()
+        };
+        (api, Agents::find(&flags).await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn of_two_pods_with_one_name_the_namespace_chooses() {
+        let (_api, agents) = cluster().await;
+        for (pod, node) in [("shop/web-0", "node-a"), ("test/web-0", "node-b")] {
+            let agent = agents.of_pod(pod).await.unwrap().unwrap();
+            assert_eq!(agent.node, node);
+        }
+        let why = agents.of_pod("web-0").await.err().unwrap().to_string();
+        assert!(
+            why.ends_with("choose its namespace with -n:\n  shop/web-0\n  test/web-0"),
+            "{why}"
+        );
+        assert!(agents.of_pod("else/web-0").await.unwrap().is_none());
+    }
 }

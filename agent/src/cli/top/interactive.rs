@@ -5,7 +5,7 @@ use std::{future, io, num::NonZeroU32, time::SystemTime};
 use anyhow::Result;
 use ebb_core::ids::PodUid;
 use ebb_protocol::{
-    client::{AgentClient, AgentError},
+    client::AgentError,
     filter::FlowQuery,
     service::stop_on_signal,
     views::{DrainList, FlowList, PodList},
@@ -18,9 +18,9 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    TopFlags,
+    Source, TopFlags,
     draw::{Picture, Theme, visible_rows},
-    node_lists, not_refreshed,
+    not_refreshed,
     rows::Answers,
     screen::{Screen, is_gone},
     state::{DataRequest, KeyOutcome, TopState},
@@ -45,12 +45,12 @@ enum Wakeup {
 }
 
 pub(super) async fn run(flags: &TopFlags) -> Result<()> {
-    let client = flags.agent.client();
+    let source = Source::new(flags);
     let state = TopState::new();
     let mut answers = Answers::default();
     // If the first request fails, the command does. Later failures are shown.
-    accept(&mut answers, ask(&client, state.request()).await?);
-    match show(flags, client, state, answers).await {
+    accept(&mut answers, ask(&source, state.request()).await?);
+    match show(flags, source, state, answers).await {
         Err(e) if e.downcast_ref().is_some_and(is_gone) => Ok(()),
         ended => ended,
     }
@@ -58,7 +58,7 @@ pub(super) async fn run(flags: &TopFlags) -> Result<()> {
 
 async fn show(
     flags: &TopFlags,
-    client: AgentClient,
+    source: Source,
     mut state: TopState,
     mut answers: Answers,
 ) -> Result<()> {
@@ -118,13 +118,13 @@ async fn show(
                     Err(e) => problem = Some(not_refreshed(&e)),
                 }
             }
-            Wakeup::Refresh => fetch = Some(spawn(&client, &asked)),
+            Wakeup::Refresh => fetch = Some(spawn(&source, &asked)),
             Wakeup::Stop => return Ok(()),
         }
         let request = state.request();
         if request != asked {
             problem = None;
-            fetch = Some(spawn(&client, &request));
+            fetch = Some(spawn(&source, &request));
             asked = request;
         }
     }
@@ -140,18 +140,18 @@ async fn answer_of(
     }
 }
 
-fn spawn(client: &AgentClient, request: &DataRequest) -> Fetch {
-    let (client, request) = (client.clone(), request.clone());
-    AbortOnDropHandle::new(tokio::spawn(async move { ask(&client, request).await }))
+fn spawn(source: &Source, request: &DataRequest) -> Fetch {
+    let (source, request) = (source.clone(), request.clone());
+    AbortOnDropHandle::new(tokio::spawn(async move { ask(&source, request).await }))
 }
 
-async fn ask(client: &AgentClient, request: DataRequest) -> Result<Answer, AgentError> {
+async fn ask(source: &Source, request: DataRequest) -> Result<Answer, AgentError> {
     match request {
         DataRequest::Pods => {
-            let (pods, drains) = node_lists(client).await?;
+            let (pods, drains) = source.lists().await?;
             Ok(Answer::Pods(pods, drains))
         }
-        DataRequest::Drains => client.get_json("/v1/drains").await.map(Answer::Drains),
+        DataRequest::Drains => source.drains().await.map(Answer::Drains),
         DataRequest::Flows { pod, outbound } => {
             let query = FlowQuery {
                 pod: Some(pod.uid.to_string()),
@@ -160,7 +160,10 @@ async fn ask(client: &AgentClient, request: DataRequest) -> Result<Answer, Agent
             };
             // Two plain values always have this form.
             let query = serde_urlencoded::to_string(query).unwrap_or_default();
-            let flows = client.get_json(&format!("/v1/flows?{query}")).await?;
+            let flows = source
+                .client
+                .get_json(&format!("/v1/flows?{query}"))
+                .await?;
             Ok(Answer::Flows(pod.uid, flows))
         }
     }

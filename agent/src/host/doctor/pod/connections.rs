@@ -2,11 +2,14 @@
 
 use ebb_common::LIFETIMES_MS;
 use ebb_core::format::duration;
-use ebb_protocol::views::{Explanation, LifetimeBucket, PodView};
+use ebb_protocol::{
+    table::age,
+    views::{Explanation, LifetimeBucket, PodView},
+};
 
 use super::super::{
     Check,
-    CheckStatus::{Ok as Fine, Warn},
+    CheckStatus::{Ok as Fine, Unknown, Warn},
 };
 
 /// How long the cluster autoscaler waits for the pods of a node that it removes, in milliseconds: the default of its
@@ -41,12 +44,7 @@ pub(super) fn checks(pod: &PodView, explanation: &Explanation) -> Vec<Check> {
         ));
         return checks;
     }
-    // The oldest connection, of those that are open and those that the last drain cut.
-    let cut = explanation.drain.iter().flat_map(|d| &d.cut);
-    let oldest = cut
-        .filter_map(|c| c.age_ms.or(c.age_at_least_ms))
-        .chain(pod.oldest_ms)
-        .max();
+    let oldest = oldest(pod, explanation);
     let deadline = duration(now.deadline_ms);
     let outlasting = outlasting(&explanation.lifetimes, now.deadline_ms);
     let too_short = |what: String| {
@@ -58,20 +56,26 @@ pub(super) fn checks(pod: &PodView, explanation: &Explanation) -> Vec<Check> {
             )
     };
     checks.push(match oldest {
-        Some(oldest) if oldest > now.deadline_ms => {
-            too_short(format!("a connection has lasted {}", duration(oldest)))
+        Some(oldest) if oldest.ms > now.deadline_ms => {
+            too_short(format!("a connection has lasted {}", oldest.text()))
         }
         _ if let Some((longer, all)) = outlasting => too_short(format!(
             "{longer} of its last {all} connections lasted longer than {deadline}"
         )),
-        Some(oldest) => Check::new(
-            "grace period",
-            Fine,
-            format!(
+        Some(oldest) => {
+            let detail = format!(
                 "the oldest connection has lasted {}, and a hold {deadline} at most",
-                duration(oldest)
-            ),
-        ),
+                oldest.text()
+            );
+            let status = if oldest.is_at_least { Unknown } else { Fine };
+            let check = Check::new("grace period", status, detail);
+            match oldest.is_at_least {
+                true => check.because(
+                    "ebb did not see its opening, so it may have lasted longer than a hold",
+                ),
+                false => check,
+            }
+        }
         None => Check::new(
             "grace period",
             Fine,
@@ -130,6 +134,44 @@ pub(super) fn checks(pod: &PodView, explanation: &Explanation) -> Vec<Check> {
     checks
 }
 
+/// The age of a connection.
+#[derive(Clone, Copy)]
+struct Age {
+    ms: u64,
+    /// It is a lower bound.
+    is_at_least: bool,
+}
+
+impl Age {
+    /// `5.0s`, or `>5.0s` for a lower bound.
+    fn text(self) -> String {
+        match self.is_at_least {
+            true => age(None, Some(self.ms)),
+            false => age(Some(self.ms), None),
+        }
+    }
+}
+
+/// The age of the oldest connection, of those that are open and those that the last drain cut. If the age of any is a
+/// lower bound, that of the oldest is.
+fn oldest(pod: &PodView, explanation: &Explanation) -> Option<Age> {
+    let open = pod.oldest_ms.map(|ms| Age {
+        ms,
+        is_at_least: pod.oldest_is_at_least,
+    });
+    let cut = explanation.drain.iter().flat_map(|d| &d.cut);
+    let cut = cut.filter_map(|c| {
+        Some(Age {
+            ms: c.age_ms.or(c.age_at_least_ms)?,
+            is_at_least: c.age_ms.is_none(),
+        })
+    });
+    cut.chain(open).reduce(|a, b| Age {
+        ms: a.ms.max(b.ms),
+        is_at_least: a.is_at_least || b.is_at_least,
+    })
+}
+
 /// How many connections certainly lasted longer than a hold, and of how many, if that is 1 % or more.
 fn outlasting(lifetimes: &[LifetimeBucket], deadline_ms: u64) -> Option<(u64, u64)> {
     let shorter_bounds = LIFETIMES_MS.iter().filter(|bound| **bound >= deadline_ms);
@@ -155,7 +197,7 @@ mod tests {
         LifetimeBucket, Network, PolicyView, SCHEMA, Setting, SettingSource,
     };
 
-    fn advice(change: impl FnOnce(&mut PodView, &mut PolicyView)) -> Vec<(String, CheckStatus)> {
+    fn checks_of(change: impl FnOnce(&mut PodView, &mut PolicyView)) -> Vec<Check> {
         let name = PodName {
             uid: PodUid::new("u"),
             namespace: "shop".into(),
@@ -205,36 +247,61 @@ mod tests {
             lifetimes: vec![],
             stops: vec![],
         };
-        let checks = super::checks(&pod, &explanation).into_iter();
+        super::checks(&pod, &explanation)
+    }
+
+    fn statuses(change: impl FnOnce(&mut PodView, &mut PolicyView)) -> Vec<(String, CheckStatus)> {
+        let checks = checks_of(change).into_iter();
         checks.map(|c| (c.name, c.status)).collect()
+    }
+
+    #[test]
+    fn an_age_that_is_a_lower_bound_proves_nothing_below_the_deadline() {
+        let of = |ms, is_at_least| {
+            let mut checks = checks_of(|pod, _| {
+                pod.oldest_ms = Some(ms);
+                pod.oldest_is_at_least = is_at_least;
+            });
+            assert_eq!(checks.len(), 1, "{checks:?}");
+            checks.remove(0)
+        };
+        let check = of(5_000, true);
+        assert_eq!(check.status, CheckStatus::Unknown);
+        assert!(check.detail.contains("has lasted >5.0s"), "{check:?}");
+        let check = of(26_000, true);
+        assert_eq!(check.status, Warn);
+        assert!(check.detail.contains("has lasted >26.0s"), "{check:?}");
+        let check = of(5_000, false);
+        assert_eq!(check.status, Fine);
+        assert!(check.detail.contains("has lasted 5.0s"), "{check:?}");
     }
 
     #[test]
     fn connections_that_outlast_the_hold_and_idle_ones_are_pointed_out() {
         let check = |name: &str, status| (name.to_owned(), status);
-        assert_eq!(advice(|_, _| ()), [check("grace period", Fine)]);
-        let young = advice(|pod, _| pod.oldest_ms = Some(24_000));
+        assert_eq!(statuses(|_, _| ()), [check("grace period", Fine)]);
+        let young = statuses(|pod, _| pod.oldest_ms = Some(24_000));
         assert_eq!(young, [check("grace period", Fine)]);
-        let old = advice(|pod, _| pod.oldest_ms = Some(26_000));
+        let old = statuses(|pod, _| pod.oldest_ms = Some(26_000));
         assert_eq!(old, [check("grace period", Warn)]);
         let idle = FlowCounts {
             idle: 3,
             ..FlowCounts::default()
         };
-        let kept = advice(|pod, _| pod.flows = Some(idle));
+        let kept = statuses(|pod, _| pod.flows = Some(idle));
         assert_eq!(
             kept,
             [check("grace period", Fine), check("keep-alive", Warn)]
         );
-        let closed = advice(|pod, now| {
+        let closed = statuses(|pod, now| {
             pod.flows = Some(idle);
             now.settings[2].value = "close".into();
         });
         assert_eq!(closed, [check("grace period", Fine)]);
         let graces = [check("grace period", Fine), check("grace period", Warn)];
-        assert_eq!(advice(|_, now| now.grace_ms = Some(600_001)), graces);
-        assert_eq!(advice(|_, now| now.grace_ms = Some(600_000)), graces[..1]);
-        let off = advice(|_, now| now.never_held = Some("ebb.dev/drain is off".into()));
+        assert_eq!(statuses(|_, now| now.grace_ms = Some(600_001)), graces);
+        assert_eq!(statuses(|_, now| now.grace_ms = Some(600_000)), graces[..1]);
+        let off = statuses(|_, now| now.never_held = Some("ebb.dev/drain is off".into()));
         assert_eq!(off, [check("policy", Warn)]);
     }
 

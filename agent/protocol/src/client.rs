@@ -85,6 +85,12 @@ pub enum AgentError {
         /// The agent's reason.
         problem: Problem,
     },
+    /// The server knows no such request.
+    #[error("this agent does not know {path}: is it older than this program?")]
+    UnknownPath {
+        /// The path of the request, without its query.
+        path: String,
+    },
     /// The server refused the request, and is perhaps no agent.
     #[error("the ebb agent refused {path} ({status}): {message}")]
     Refused {
@@ -285,6 +291,12 @@ impl AgentClient {
         };
         Err(match serde_json::from_str(&message) {
             Ok(problem) => AgentError::Problem { status, problem },
+            // The agent's own refusals are problems. These are of a server without this route.
+            Err(_) if [StatusCode::NOT_FOUND, StatusCode::METHOD_NOT_ALLOWED].contains(&status) => {
+                AgentError::UnknownPath {
+                    path: path.split('?').next().unwrap_or(path).to_owned(),
+                }
+            }
             Err(_) => AgentError::Refused {
                 path: path.to_owned(),
                 status,
@@ -464,15 +476,54 @@ mod tests {
 
     #[tokio::test]
     async fn a_refusal_names_the_agents_reason() {
-        let (_directory, client) = agent(Router::new().route(
-            "/v1/pods/x",
-            get(async || (StatusCode::NOT_FOUND, "no pod x on this node\n")),
-        ));
-        let error = client.get_json::<Value>("/v1/pods/x").await.unwrap_err();
+        let (_directory, client) = agent(
+            Router::new()
+                .route(
+                    "/v1/pods",
+                    get(async || (StatusCode::BAD_REQUEST, "no such label\n")),
+                )
+                .route(
+                    "/v1/explain",
+                    get(async || {
+                        let problem = json!({"error": "no pod x"});
+                        (StatusCode::NOT_FOUND, axum::Json(problem))
+                    }),
+                ),
+        );
+        let error = client.get_json::<Value>("/v1/pods").await.unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the ebb agent refused /v1/pods/x (404 Not Found): no pod x on this node"
+            "the ebb agent refused /v1/pods (400 Bad Request): no such label"
         );
+        let error = client.get_json::<Value>("/v1/explain").await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                AgentError::Problem {
+                    status: StatusCode::NOT_FOUND,
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+        assert_eq!(error.to_string(), "no pod x");
+    }
+
+    #[tokio::test]
+    async fn an_agent_without_the_route_is_another_version_and_not_a_pod_that_is_missing() {
+        let (_directory, client) = agent(Router::new().route("/v1/release", get(async || ())));
+        let get = client.get_json::<Value>("/v1/advice?pod=x").await;
+        let post = client
+            .post_json::<_, Value>("/v1/release", &json!({}))
+            .await;
+        for (answer, path) in [(get, "/v1/advice"), (post, "/v1/release")] {
+            let error = answer.unwrap_err();
+            assert!(matches!(error, AgentError::UnknownPath { .. }), "{error:?}");
+            assert_eq!(
+                error.to_string(),
+                format!("this agent does not know {path}: is it older than this program?")
+            );
+        }
     }
 
     #[tokio::test]

@@ -28,7 +28,7 @@ Exit status:
    6  the server on the CRI socket is not a CRI v1 runtime
    7  an address, a socket path or the run directory can't be used
    8  another ebb runs here already
-   9  the agent can't be reached
+   9  the agent can't be reached, or is too old for the command
   10  no pod matches, or more than one does, or the pod is not draining
   11  a check of ebb doctor failed
   12  install-cri or uninstall-cri refused to go on: the error says why
@@ -111,14 +111,11 @@ fn run_dir(e: &RunDirError) -> u8 {
 fn agent(e: &AgentError) -> Option<u8> {
     match e {
         AgentError::NotAllowed { .. } => Some(3),
-        AgentError::NotRunning { .. } | AgentError::Connect { .. } | AgentError::Timeout { .. } => {
-            Some(9)
-        }
-        AgentError::Problem { status, .. } | AgentError::Refused { status, .. }
-            if matches!(status.as_u16(), 404 | 409) =>
-        {
-            Some(10)
-        }
+        AgentError::NotRunning { .. }
+        | AgentError::Connect { .. }
+        | AgentError::Timeout { .. }
+        | AgentError::UnknownPath { .. } => Some(9),
+        AgentError::Problem { status, .. } if matches!(status.as_u16(), 404 | 409) => Some(10),
         _ => None,
     }
 }
@@ -153,5 +150,9 @@ mod tests {
         let running = StartError::from(RunDirError::Taken { lock: "/x".into() });
         assert_eq!(code(&running.into()), ExitCode::from(8));
         assert_eq!(code(&anyhow::anyhow!("x")), ExitCode::from(1));
+        let too_old = AgentError::UnknownPath {
+            path: "/v1/advice".into(),
+        };
+        assert_eq!(code(&too_old.into()), ExitCode::from(9));
     }
 }

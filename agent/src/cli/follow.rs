@@ -184,7 +184,10 @@ pub(super) async fn follow<L: Rows>(
 const RETRY: Duration = Duration::from_secs(1);
 
 fn is_refusal(e: &AgentError) -> bool {
-    matches!(e, AgentError::Problem { .. } | AgentError::Refused { .. })
+    matches!(
+        e,
+        AgentError::Problem { .. } | AgentError::UnknownPath { .. } | AgentError::Refused { .. }
+    )
 }
 
 impl WatchFlags {

@@ -13,6 +13,7 @@ use super::output::{Document, TableFlags, each};
 /// The legend of the table.
 pub(super) const LEGEND: &str = "\
 Columns, of each workload whose drains the agent remembers (the last 256 of the node):
+  NAMESPACE, WORKLOAD  the owner of the pods: a Deployment, StatefulSet or the like
   DRAINS  how many drains the row rests on
   SETTLE  how long settling took: half of the drains, and 99 of 100, took no longer
   DRAIN   the same for the whole drain. A drain that was cut short counts with the time that it had
@@ -21,7 +22,10 @@ Columns, of each workload whose drains the agent remembers (the last 256 of the 
   GRACE   the grace period of its pods
   ENOUGH  a grace period that would have been enough: the longest drain plus the reserve. If drains were cut short,
           99 of 100 connections would have ended in that time, too. Rounded up to 5 s
-  ADVICE  the field or annotation to set, and why, below the table";
+  ADVICE  the field or annotation to set, and why, below the table
+With -o wide:
+  OBSERVED   drains of the row that ebb only observed (ebb.dev/drain: observe)
+  CUT SHORT  drains of the row that ended before their pods had drained";
 
 #[derive(Args)]
 pub(super) struct AdviseFlags {

@@ -12,6 +12,7 @@ use super::{follow::follow, output::TableFlags};
 /// The legend of the table.
 pub(super) const LEGEND: &str = "\
 Columns:
+  NAMESPACE, NAME  the pod
   UNTIL          what it waits for: zero, idle or settled
   HELD           how long it has held the pod's stop, or would have, if ebb only observed it
   LEFT           the time until its deadline, while it is under way
@@ -19,7 +20,14 @@ Columns:
   OPEN NOW       those that are open now, or were when it ended
   CUT            connections that were open when it ended, which the stop that followed cut
   WHY            settling or draining; then why it ended: drained, deadline, manual, not-terminating, untracked, shutdown.
-                 observed: ebb held nothing (ebb.dev/drain: observe). exited: its containers exited first";
+                 observed: ebb held nothing (ebb.dev/drain: observe). exited: its containers exited first
+With -o wide:
+  STARTED        when it began
+  CALLS          stops of containers and preStop hooks that wait for it now
+  ARRIVED        connections that opened during it
+  ENDED          connections that ended before it did
+  LAG            from the end of the last connection, as the kernel stamped it, to the end of the drain
+  UID            the UID of the pod";
 
 #[derive(Args)]
 pub(super) struct DrainsFlags {

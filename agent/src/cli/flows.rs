@@ -20,14 +20,19 @@ use super::{
 /// The legend of the table.
 pub(super) const LEGEND: &str = "\
 Columns:
+  NAMESPACE, NAME  the pod
   DIR    in: the pod accepted the connection. out: the pod dialled it (--all)
-  STATE  backlog, active, awaiting, idle, flushing, half-closed (docs/until.md)
+  STATE  backlog, active, awaiting, idle, flushing, half-closed, lost (docs/until.md)
+  PEER   address and port of the other end
+  LOCAL  address and port of the pod's end
   AGE    time since it was opened; > before a lower bound, if the agent did not see that
   QUIET  time since the last byte
   IN     bytes from the peer
   OUT    bytes to the peer, acknowledged
   HOLDS  whether a drain of the pod waits for it, or why not
-  PEER NAME  who has the peer's address: a pod of this node, or node: the node itself or a pod on its network";
+  PEER NAME  who has the peer's address: a pod of this node, or node: the node itself or a pod on its network
+With -o wide:
+  CONTAINER  the container whose process made the socket";
 
 #[derive(Args)]
 pub(super) struct FlowsFlags {

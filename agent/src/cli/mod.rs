@@ -151,3 +151,70 @@ impl ConnectFlags {
         AgentClient::new(&self.socket)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ebb_core::flow::FlowState;
+    use ebb_protocol::{
+        table::{self, RenderedTable, TableStyle},
+        views::{AdviceList, DrainList, PodList, SCHEMA},
+    };
+
+    use super::*;
+
+    const WIDE: TableStyle = TableStyle {
+        wide: true,
+        no_headers: false,
+    };
+
+    /// The names that a legend explains: before the first two spaces of a line that is indented by two.
+    fn explained(legend: &str) -> Vec<&str> {
+        let names = legend
+            .lines()
+            .filter_map(|line| line.strip_prefix("  "))
+            .filter(|line| !line.starts_with(' '))
+            .filter_map(|line| line.split("  ").next());
+        names.flat_map(|names| names.split(", ")).collect()
+    }
+
+    fn headings(table: &RenderedTable) -> Vec<&str> {
+        let line = table.table.lines().next().unwrap_or_default();
+        let cells = line.split("  ").map(str::trim);
+        cells.filter(|cell| !cell.is_empty()).collect()
+    }
+
+    #[test]
+    fn each_column_is_in_the_legend_of_its_table_and_no_other_is() {
+        let schema = || SCHEMA.into();
+        let pods = PodList {
+            schema: schema(),
+            pods: vec![],
+        };
+        let drains = DrainList {
+            schema: schema(),
+            version: 0,
+            drains: vec![],
+        };
+        let advice = AdviceList {
+            schema: schema(),
+            workloads: vec![],
+        };
+        for (table, legend) in [
+            (table::pods(&pods, WIDE), pods::LEGEND),
+            (table::flows([].into_iter(), &[], WIDE), flows::LEGEND),
+            (table::drains(&drains, WIDE), drains::LEGEND),
+            (table::advice(&advice, WIDE), advise::LEGEND),
+        ] {
+            assert_eq!(explained(legend), headings(&table));
+        }
+    }
+
+    #[test]
+    fn the_legend_of_flows_has_each_state() {
+        let mut lines = flows::LEGEND.lines();
+        let states = lines.find(|line| line.contains("STATE")).unwrap();
+        for state in FlowState::ALL {
+            assert!(states.contains(state.name()), "no {state} in {states}");
+        }
+    }
+}

@@ -15,6 +15,7 @@ use super::{follow::WatchFlags, output::TableFlags};
 /// The legend of the table.
 pub(super) const LEGEND: &str = "\
 Columns:
+  NAMESPACE, NAME  the pod
   NETWORK  pod: a network namespace of its own. host: the node's. untracked: ebb can't see its connections
   LIVE     inbound connections in the middle of something
   IDLE     inbound connections that only wait, as between two requests
@@ -22,7 +23,10 @@ Columns:
   PEERS    different addresses of these connections' clients
   OLDEST   the age of the oldest of them; > before a lower bound
   FLOWS    these connections by state (docs/until.md)
-  EXEMPT   connections that do not hold a drain (-o wide)";
+With -o wide:
+  EXEMPT   connections that do not hold a drain
+  IPS      its addresses
+  UID      its UID, which commands take for its name";
 
 #[derive(Args)]
 pub(super) struct PodsFlags {

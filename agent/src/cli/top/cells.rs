@@ -171,9 +171,10 @@ pub(super) fn drain(r: &Report) -> [Cell; 10] {
     ]
 }
 
-pub(super) const FLOW_COLUMNS: [Column; 9] = [
+pub(super) const FLOW_COLUMNS: [Column; 10] = [
     column("STATE", Fit::Word, 8),
     column("PEER", Fit::Name, 9),
+    column("PEER NAME", Fit::Name, 9),
     column("PORT", Fit::Number, 5),
     column("AGE", Fit::Number, 6),
     column("QUIET", Fit::Number, 6),
@@ -183,7 +184,7 @@ pub(super) const FLOW_COLUMNS: [Column; 9] = [
     column("CONTAINER", Fit::Rest, 0),
 ];
 
-pub(super) fn flow(flow: &FlowView) -> [Cell; 9] {
+pub(super) fn flow(flow: &FlowView) -> [Cell; 10] {
     let state = match flow.state {
         FlowState::Idle | FlowState::Lost => Tone::Plain,
         _ => Tone::Live,
@@ -196,6 +197,7 @@ pub(super) fn flow(flow: &FlowView) -> [Cell; 9] {
     [
         Cell::new(flow.state.name(), state),
         Cell::new(format!("{dialled}{}", flow.remote), Tone::Strong),
+        Cell::count(flow.peer.as_deref().unwrap_or("-").into(), Tone::Plain),
         Cell::plain(flow.local.port().to_string()),
         Cell::plain(age(flow.age_ms, flow.age_at_least_ms)),
         Cell::plain(duration(flow.quiet_ms)),

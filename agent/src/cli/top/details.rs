@@ -81,11 +81,15 @@ pub(super) fn flow(pod: &PodName, id: &FlowId, flow: Option<&FlowView>) -> Vec<T
     };
     let state = format!("{}: {}", flow.state, meaning(flow.state));
     let why = flow.exempt.map_or("", exemption);
+    let peer = match &flow.peer {
+        Some(name) => format!("{} ({name})", flow.remote),
+        None => flow.remote.to_string(),
+    };
     vec![
         field("pod", pod.to_string()),
         field("container", flow.container.as_deref().unwrap_or("unknown")),
         field("opened by", opened_by),
-        field("peer", flow.remote.to_string()),
+        field("peer", peer),
         field("the pod's end", flow.local.to_string()),
         field("state", state),
         field("age", age(flow.age_ms, flow.age_at_least_ms)),

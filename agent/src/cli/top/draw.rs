@@ -238,6 +238,7 @@ impl Picture<'_> {
                 Fit::Number => format!("{:>width$}", cell.text),
                 Fit::Word => format!("{:<width$}", cell.text),
                 Fit::Name => format!("{:<width$}", elided(&cell.text, width)),
+                Fit::Rest if width == 0 => String::new(),
                 Fit::Rest => shortened(cell.text.clone(), width),
             };
             Span::styled(text + space, self.theme.style(cell.tone))
@@ -369,6 +370,37 @@ mod tests {
                 "shop      cache                      ?     ?     ?     ?       ? -             -",
             ]
         );
+    }
+
+    #[test]
+    fn a_peer_has_its_name_in_the_list_on_its_page_and_in_the_filter() {
+        let mut answers = answers(3);
+        let list = &mut answers.flows.as_mut().unwrap().1;
+        list.flows[1].peer = Some("shop/client-0".into());
+        let open = [KeyCode::Down, KeyCode::Enter];
+        let lines = text(&screen(&answers, &open, (80, 24), COLOURS));
+        assert_eq!(
+            lines[2..6],
+            [
+                "STATE    PEER          PEER NAME      PORT    AGE  QUIET   IN  OUT HOLDS",
+                "active   10.1.0.0:1024 -              8080  1m40s   56ms   48 6.5M yes",
+                "active   10.1.0.1:1025 shop/client-0  8080  1m39s   56ms   48 6.5M yes",
+                "active   10.1.0.2:1026 -              8080  1m39s   56ms   48 6.5M yes",
+            ]
+        );
+        let filter = [
+            &open[..],
+            &"/client".chars().map(KeyCode::Char).collect::<Vec<_>>(),
+        ]
+        .concat();
+        let found = text(&screen(&answers, &filter, (80, 24), COLOURS)).join("\n");
+        assert!(
+            found.contains("shop/client-0") && !found.contains("10.1.0.0:"),
+            "{found}"
+        );
+        let page = [&open[..], &[KeyCode::Down, KeyCode::Enter]].concat();
+        let page = text(&screen(&answers, &page, (80, 24), COLOURS)).join("\n");
+        assert!(page.contains("10.1.0.1:1025 (shop/client-0)"), "{page}");
     }
 
     #[test]

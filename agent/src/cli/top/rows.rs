@@ -192,8 +192,9 @@ fn drain_text(r: &Report) -> String {
 fn flow_text(flow: &FlowView) -> String {
     let why = flow.exempt.map_or("", |why| why.name());
     let container = flow.container.as_deref().unwrap_or_default();
+    let peer = flow.peer.as_deref().unwrap_or_default();
     let (state, remote, local) = (flow.state, flow.remote, flow.local);
-    format!("{state} {remote} {local} {container} {why}")
+    format!("{state} {remote} {peer} {local} {container} {why}")
 }
 
 /// An order, and the column that shows it.

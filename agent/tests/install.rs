@@ -6,9 +6,14 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+    io::Write as _,
+    os::unix::{
+        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink},
+        net::UnixListener,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -131,6 +136,8 @@ impl Host {
                 } else if meta.is_dir() {
                     todo.push(path.clone());
                     format!("{:o}", meta.mode())
+                } else if meta.file_type().is_socket() {
+                    format!("socket {:o} {}", meta.mode(), meta.mtime_nsec())
                 } else {
                     let bytes = fs::read(&path).unwrap();
                     let digest = digest(&bytes);
@@ -207,6 +214,38 @@ fn installing_and_removing_leaves_the_host_as_it_was() {
     }
     assert_eq!(host.tree(), before);
     assert!(host.says("uninstall-cri", &[]).contains("nothing to do"));
+}
+
+#[test]
+fn nothing_is_written_if_no_container_runtime_answers() {
+    let host = Host::new("1.31.2", &FLAGS);
+    fs::create_dir_all(host.path("run/containerd")).unwrap();
+    let listener = UnixListener::bind(host.path("run/containerd/containerd.sock")).unwrap();
+    let before = host.tree();
+    let refuses = |status: [i32; 2]| {
+        for flags in [&["--apply"][..], &[]] {
+            let out = host.ebb("install-cri", flags);
+            let why = String::from_utf8_lossy(&out.stderr);
+            assert!(
+                out.status.code().is_some_and(|code| status.contains(&code)),
+                "{flags:?}: {out:?}"
+            );
+            assert!(why.contains("so nothing was changed"), "{why}");
+            assert_eq!(host.tree(), before, "{flags:?}");
+        }
+    };
+    // A server that is no CRI runtime, for both installations.
+    let server = thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().unwrap();
+            // The client may have gone.
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n");
+        }
+    });
+    refuses([5, 6]);
+    server.join().unwrap();
+    // A socket that a killed runtime has left.
+    refuses([5, 5]);
 }
 
 #[test]

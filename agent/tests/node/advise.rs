@@ -19,11 +19,8 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 async fn advice(agent: &Agent) -> Result<WorkloadAdvice> {
-    let text = agent.query(&["advise", "advised", "-o", "json"]).await?;
-    let mut list: AdviceList = serde_json::from_str(&text)?;
-    list.workloads
-        .pop()
-        .with_context(|| format!("no advice in {text}"))
+    let mut list: AdviceList = agent.json(&["advise", "advised"]).await?;
+    list.workloads.pop().context("no advice")
 }
 
 /// Runs and stops a pod of the Deployment `advised`, one of whose connections is open when it stops.

@@ -191,10 +191,10 @@ impl Agent {
         Ok(command.output().await?)
     }
 
-    async fn json<T: DeserializeOwned>(&self, verb: &[&str]) -> Result<T> {
+    /// Runs a verb that must succeed, and reads the document that it prints.
+    pub(crate) async fn json<T: DeserializeOwned>(&self, verb: &[&str]) -> Result<T> {
         let text = self.query(&[verb, &["-o", "json"]].concat()).await?;
-        schema::check::<T>(&text)?;
-        serde_json::from_str(&text).with_context(|| format!("ebb {verb:?} prints {text}"))
+        schema::parse(&text).with_context(|| format!("ebb {verb:?}"))
     }
 
     /// All flows of a pod, outbound ones too.

@@ -14,6 +14,7 @@ use crate::{
     hold::stop,
     peer::Peer,
     scene::{ExclusiveScene, SECOND, Scene, directory, eventually, server, trial, trial_alone},
+    schema,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -68,8 +69,8 @@ pub(crate) async fn doctor(
     ];
     let out = agent.verb(&[&verb, more].concat()).await?;
     let text = String::from_utf8_lossy(&out.stdout);
-    let diagnosis = serde_json::from_str(&text)
-        .with_context(|| format!("{text}{}", String::from_utf8_lossy(&out.stderr)))?;
+    let diagnosis =
+        schema::parse(&text).with_context(|| String::from_utf8_lossy(&out.stderr).into_owned())?;
     Ok((diagnosis, out.status.code()))
 }
 
@@ -369,7 +370,7 @@ async fn doctor_without(
         .arg("--agent")
         .arg(agent);
     let out = command.output().await?;
-    let diagnosis = serde_json::from_slice(&out.stdout)
+    let diagnosis = schema::parse(&String::from_utf8_lossy(&out.stdout))
         .with_context(|| String::from_utf8_lossy(&out.stderr).into_owned())?;
     Ok((diagnosis, out.status.code()))
 }

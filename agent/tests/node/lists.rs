@@ -207,16 +207,15 @@ async fn versions(scene: Scene) -> Result<()> {
     let own = Some(env!("CARGO_PKG_VERSION").to_owned());
     let agent = scene.agent(&[]).await?;
     let _proxy = scene.proxy(&agent).await?;
-    let text = agent.query(&["version", "-o", "json"]).await?;
-    let versions: Versions = serde_json::from_str(&text)?;
+    let versions: Versions = agent.json(&["version"]).await?;
     ensure!(
         Some(&versions.ebb) == own.as_ref() && versions.agent == own,
-        "{text}"
+        "{versions:?}"
     );
     // Other trials have proxies, too.
     ensure!(
         versions.proxies.iter().any(|proxy| proxy.version == own),
-        "{text}"
+        "{versions:?}"
     );
     let text = agent.query(&["version"]).await?;
     ensure!(text.starts_with("ebb            "), "{text}");

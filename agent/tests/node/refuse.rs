@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use ebb_protocol::views::Problem;
 use http::{HeaderValue, Response};
 use http_body_util::Empty;
 use hyper::{body::Bytes, server::conn::http2, service::service_fn};
@@ -26,6 +27,7 @@ use crate::{
     agent::{EBB, NODE_NAME, agent, agent_with, proxy},
     lifecycle::{entries, pinned},
     scene::{SOON, Scene, free_port, trial},
+    schema,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -328,6 +330,20 @@ async fn unknown_pod(scene: Scene) -> Result<()> {
         command.args(verb).arg("--agent").arg(ebb.socket());
         refused(command, 10, &["no-such-pod", "ebb pods"]).await?;
     }
+    // The agent's own answer.
+    let mut stream = UnixStream::connect(ebb.socket()).await?;
+    let request =
+        b"GET /v1/explain?pod=no-such-pod HTTP/1.1\r\nhost: ebb\r\nconnection: close\r\n\r\n";
+    stream.write_all(request).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no head")?;
+    ensure!(head.starts_with("HTTP/1.1 404 "), "{answer}");
+    let problem: Problem = schema::parse(body)?;
+    ensure!(
+        problem.error.contains("no-such-pod") && problem.candidates.is_empty(),
+        "{answer}"
+    );
     Ok(())
 }
 

@@ -3,12 +3,19 @@
 use std::any::type_name;
 
 use anyhow::{Context as _, Result, ensure};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 const SCHEMA: &str = include_str!("../../../docs/ebb.dev-v1.schema.json");
 
+/// Reads a document of the type `T`. Requires that it is one by the schema, too.
+pub(crate) fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
+    check::<T>(text)?;
+    serde_json::from_str(text).with_context(|| text.to_owned())
+}
+
 /// Requires that `text` is a document of the type `T`, with no field that the schema does not have.
-pub(crate) fn check<T>(text: &str) -> Result<()> {
+fn check<T>(text: &str) -> Result<()> {
     let path = type_name::<T>();
     let name = path.rsplit("::").next().unwrap_or(path);
     let mut schema: Value = serde_json::from_str(SCHEMA)?;

@@ -4,6 +4,7 @@ use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use ebb_core::drain_report::{Phase, ReleaseReason, Report, SettleReport, SettleRule};
+use ebb_protocol::views::Released;
 use ebb_testkit::kubelet::{ContainerSpec, PodSpec};
 use libtest_mimic::Trial;
 use tokio::time::sleep;
@@ -153,7 +154,11 @@ async fn no_listener(scene: Scene) -> Result<()> {
         gap_ms: None,
     };
     ensure!(report.settle == Some(expected), "{report:?}");
-    agent.query(&["release", "idle-server"]).await?;
+    let released: Released = agent.json(&["release", "idle-server"]).await?;
+    ensure!(
+        released.report.reason == Some(ReleaseReason::Manual),
+        "{released:?}"
+    );
     ensure!(stopping.await?.error().is_none());
     Ok(())
 }

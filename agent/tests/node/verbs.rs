@@ -15,6 +15,7 @@ use crate::{
     kube::Cluster,
     peer::Peer,
     scene::{SECOND, SOON, Scene, eventually, server, trial},
+    schema,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -52,19 +53,16 @@ async fn dry_run(scene: Scene) -> Result<()> {
     let _idle = Peer::served(pod.v4(8080)?).await?;
     let _ignored = Peer::served(pod.v4(8081)?).await?;
     sleep(2 * SECOND).await;
-    let text = agent
-        .query(&["drain", "dry", "--dry-run", "-o", "json"])
-        .await?;
-    let dry: DryRun = serde_json::from_str(&text)?;
-    ensure!(dry.pod.name == "dry" && !dry.is_draining, "{text}");
-    ensure!(dry.policy.deadline_ms == 25_000, "{text}");
+    let dry: DryRun = agent.json(&["drain", "dry", "--dry-run"]).await?;
+    ensure!(dry.pod.name == "dry" && !dry.is_draining, "{dry:?}");
+    ensure!(dry.policy.deadline_ms == 25_000, "{dry:?}");
     ensure!(
         dry.holding.len() == 1 && dry.holding[0].remote == busy.address,
-        "{text}"
+        "{dry:?}"
     );
     ensure!(
         dry.not_holding.get("idle") == Some(&1) && dry.not_holding.get("ignored-port") == Some(&1),
-        "{text}"
+        "{dry:?}"
     );
     let text = agent.query(&["drain", "dry", "--dry-run"]).await?;
     for says in [
@@ -92,7 +90,7 @@ async fn waited(agent: &Agent, more: &[&str]) -> Result<(Option<i32>, WaitReply)
         .await?;
     let text = String::from_utf8(out.stdout)?;
     let stderr = String::from_utf8_lossy(&out.stderr);
-    let reply = serde_json::from_str(&text).with_context(|| format!("{text}{stderr}"))?;
+    let reply = schema::parse(&text).with_context(|| stderr.into_owned())?;
     Ok((out.status.code(), reply))
 }
 

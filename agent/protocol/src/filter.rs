@@ -87,7 +87,7 @@ pub struct FlowQuery {
     /// Only flows in one of these states, separated by commas.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<String>,
-    /// Only flows whose peer has this address, is in this network, or is this pod of the node.
+    /// Only flows whose peer is in these [`PeerNetworks`], or is this pod of the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<String>,
     /// Only flows with this port at the pod's end.
@@ -262,6 +262,26 @@ impl FromStr for PeerNetwork {
     }
 }
 
+/// Addresses and networks: `10.0.0.7,fd00::/8`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerNetworks(Vec<PeerNetwork>);
+
+impl PeerNetworks {
+    /// Whether the address is in one of them.
+    pub fn contains(&self, other: IpAddr) -> bool {
+        self.0.iter().any(|network| network.contains(other))
+    }
+}
+
+impl FromStr for PeerNetworks {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let networks = text.split(',').map(|part| part.trim().parse());
+        networks.collect::<Result<_, _>>().map(Self)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,6 +351,17 @@ mod tests {
         assert!(network("::/0").contains(address("fd12::1")));
         for wrong in ["10.1.0.0/33", "10.1/8", "web", "", "10.0.0.0/", "::/129"] {
             assert!(wrong.parse::<PeerNetwork>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn networks_are_separated_by_commas() {
+        let networks: PeerNetworks = "10.0.0.7, fd00::/8".parse().unwrap();
+        let contains = |text: &str| networks.contains(text.parse().unwrap());
+        assert!(contains("10.0.0.7") && contains("fd12::1"));
+        assert!(!contains("10.0.0.8") && !contains("fe80::1"));
+        for wrong in ["", "10.0.0.7,", "10.0.0.7,web"] {
+            assert!(wrong.parse::<PeerNetworks>().is_err(), "{wrong}");
         }
     }
 }

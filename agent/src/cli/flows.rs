@@ -49,9 +49,10 @@ pub(super) struct FlowsFlags {
     /// List only flows in these states, separated by commas.
     #[arg(long, value_name = "STATES", value_delimiter = ',', value_parser = state)]
     state: Vec<FlowState>,
-    /// List only flows with this peer: an address, a network such as 10.0.0.0/8, or a pod of this node.
+    /// List only flows with this peer: an address, a network such as 10.0.0.0/8, several of both with commas between them,
+    /// or a pod of this node. `kubectl ebb` takes the whole name of any pod of the cluster.
     #[arg(long, value_name = "PEER")]
-    peer: Option<String>,
+    pub(super) peer: Option<String>,
     /// List only flows with this port at the pod's end.
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,

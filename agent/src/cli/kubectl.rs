@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::{Result, bail};
 use clap::{Args, FromArgMatches as _};
-use ebb_protocol::filter::OwnerRef;
+use ebb_protocol::filter::{OwnerRef, PeerNetworks};
 
 use self::agents::{Agents, RemoteAgent};
 use super::{
@@ -103,12 +103,17 @@ impl Plugin {
     /// # Errors
     ///
     /// The API server can't be used, or no agent runs where the verb belongs.
-    pub async fn run(self) -> Result<ExitCode> {
+    pub async fn run(mut self) -> Result<ExitCode> {
         let route = route(&self.verb)?;
         if matches!(route, Route::Nowhere) {
             bail!("this command is about the host that it runs on: run `ebb` on the node");
         }
         let agents = Agents::find(&self.cluster).await?;
+        if let Some(pod) = peer_pod(&self.verb) {
+            // The last of two flags is obeyed.
+            let addresses = agents.addresses_of_pod(pod).await?;
+            self.remote.extend(["--peer".into(), addresses]);
+        }
         let status = match route {
             Route::List => list::run(&self.verb, &agents, &self.remote).await?,
             Route::Pod { pod, changes } => self.on_the_pods_node(&agents, &pod, changes).await?,
@@ -164,6 +169,17 @@ async fn each_node(agents: &Agents, args: &[String]) -> u8 {
         }));
     }
     status
+}
+
+/// The pod that `--peer` names.
+fn peer_pod(verb: &CliVerb) -> Option<&str> {
+    match verb {
+        CliVerb::Flows(flags) => {
+            let peer = flags.peer.as_deref()?;
+            peer.parse::<PeerNetworks>().is_err().then_some(peer)
+        }
+        _ => None,
+    }
 }
 
 fn route(verb: &CliVerb) -> Result<Route, OtherNamespace> {
@@ -258,6 +274,21 @@ mod tests {
             let all = plugin(&["kubectl-ebb", verb, "web-0", "-A"]);
             assert_eq!(pod_of(&all), Ok("web-0".into()), "{verb}");
         }
+    }
+
+    #[test]
+    fn a_peer_that_is_no_address_is_a_pod_and_the_agents_get_its_addresses() {
+        let of = |peer: &str| {
+            let p = plugin(&["kubectl-ebb", "flows", "--peer", peer]);
+            peer_pod(&p.verb).map(str::to_owned)
+        };
+        assert_eq!(of("shop/web").as_deref(), Some("shop/web"));
+        for address in ["10.0.0.7", "10.0.0.0/8", "10.0.0.7,fd00::7"] {
+            assert_eq!(of(address), None, "{address}");
+        }
+        let both = ["flows", "--peer", "shop/web", "--peer", "10.0.0.7,fd00::7"];
+        let p = plugin(&[&["kubectl-ebb"], &both[..]].concat());
+        assert_eq!(peer_pod(&p.verb), None, "the last one is obeyed");
     }
 
     #[test]

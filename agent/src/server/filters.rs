@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ebb_core::flow::{Direction, Flow, FlowState};
-use ebb_protocol::filter::{FlowQuery, FlowSort, LabelSelector, OwnerRef, PeerNetwork};
+use ebb_protocol::filter::{FlowQuery, FlowSort, LabelSelector, OwnerRef, PeerNetworks};
 
 use super::api::by_address;
 use crate::pods::{Pod, table::PodTable};
@@ -52,7 +52,7 @@ pub(super) struct FlowFilter {
 }
 
 enum Peer {
-    Network(PeerNetwork),
+    Networks(PeerNetworks),
     Pod(Vec<IpAddr>),
 }
 
@@ -73,7 +73,7 @@ impl FlowFilter {
     pub(super) fn matches(&self, flow: &Flow) -> bool {
         let peer = flow.remote.ip().to_canonical();
         let is_from = |wanted: &Peer| match wanted {
-            Peer::Network(network) => network.contains(peer),
+            Peer::Networks(networks) => networks.contains(peer),
             Peer::Pod(ips) => ips.contains(&peer),
         };
         (self.all || flow.direction == Direction::Inbound)
@@ -96,8 +96,8 @@ fn states(list: &str) -> Result<Vec<FlowState>, String> {
 }
 
 fn peer(text: &str, table: &PodTable) -> Result<Peer, String> {
-    if let Ok(network) = text.parse() {
-        return Ok(Peer::Network(network));
+    if let Ok(networks) = text.parse() {
+        return Ok(Peer::Networks(networks));
     }
     let pod = table.find(text).map_err(|e| {
         let candidates = e.clone().candidates();
@@ -136,7 +136,9 @@ mod tests {
         assert!(why.contains("busy") && why.contains("half-closed"), "{why}");
         assert_eq!(states("idle, active").unwrap().len(), 2);
         let table = PodTable::new([pod("u1", "web-0", &[]), pod("u2", "web-1", &[])]);
-        assert!(matches!(peer("10.0.0.0/8", &table), Ok(Peer::Network(_))));
+        assert!(matches!(peer("10.0.0.0/8", &table), Ok(Peer::Networks(_))));
+        let two = peer("10.0.0.7,fd00::7", &table);
+        assert!(matches!(two, Ok(Peer::Networks(_))));
         assert!(matches!(peer("shop/web-0", &table), Ok(Peer::Pod(_))));
         let why = peer("web", &table).err().unwrap();
         assert!(why.contains("shop/web-0, shop/web-1"), "{why}");

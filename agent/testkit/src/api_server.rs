@@ -298,6 +298,15 @@ impl ApiServer {
         self.modify(pod, |pod| pod["status"]["phase"] = phase.into())
     }
 
+    /// Sets a pod's addresses. Returns whether the pod exists.
+    pub fn set_addresses(&self, pod: &PodSpec, addresses: &[&str]) -> bool {
+        let ips: Vec<_> = addresses
+            .iter()
+            .map(|ip| serde_json::json!({"ip": ip}))
+            .collect();
+        self.modify(pod, |pod| pod["status"]["podIPs"] = ips.into())
+    }
+
     /// Deletes a pod with a grace period. Returns whether the pod exists.
     pub fn delete(&self, pod: &PodSpec, grace: Duration) -> bool {
         let key = key(pod);

@@ -79,6 +79,35 @@ impl Agents {
     /// The agent of the node of this pod: its whole name, or `NAMESPACE/NAME`. `None` if the API server knows no such
     /// pod.
     pub(super) async fn of_pod(&self, pod: &str) -> Result<Option<&RemoteAgent>> {
+        let Some(found) = self.pod(pod).await? else {
+            return Ok(None);
+        };
+        let node = found.spec.and_then(|spec| spec.node_name);
+        let node = node.with_context(|| format!("pod {pod} is not on a node yet"))?;
+        let agent = self.agents.iter().find(|agent| agent.node == node);
+        let agent =
+            agent.with_context(|| format!("no agent of ebb runs on {node}, the node of {pod}"))?;
+        Ok(Some(agent))
+    }
+
+    /// The addresses of this pod, with commas between them. Agents of other nodes do not know its name.
+    pub(super) async fn addresses_of_pod(&self, pod: &str) -> Result<String> {
+        let found = self.pod(pod).await?.with_context(|| {
+            format!(
+                "--peer {pod}: no address, no network such as 10.0.0.0/8, and the API server knows no such pod; give \
+                 its whole name, or NAMESPACE/NAME"
+            )
+        })?;
+        let ips = found.status.and_then(|status| status.pod_ips);
+        let ips: Vec<_> = ips.into_iter().flatten().map(|ip| ip.ip).collect();
+        if ips.is_empty() {
+            bail!("--peer {pod}: the pod has no address");
+        }
+        Ok(ips.join(","))
+    }
+
+    /// The pod of this name, or `NAMESPACE/NAME`.
+    async fn pod(&self, pod: &str) -> Result<Option<Pod>> {
         let (pods, name): (Api<Pod>, _) = match pod.split_once('/') {
             Some((namespace, name)) => (Api::namespaced(self.client.clone(), namespace), name),
             None => (Api::all(self.client.clone()), pod),
@@ -86,23 +115,18 @@ impl Agents {
         let named = ListParams::default().fields(&format!("metadata.name={name}"));
         let found = pods.list(&named).await;
         let found = found.with_context(|| format!("asking the API server for pod {pod}"))?;
-        let node = match &found.items[..] {
-            [] => return Ok(None),
-            [only] => only.spec.as_ref().and_then(|spec| spec.node_name.as_ref()),
-            many => {
-                let namespaces = many.iter().filter_map(|p| p.metadata.namespace.as_deref());
+        let mut found = found.items;
+        match found.len() {
+            0 | 1 => Ok(found.pop()),
+            _ => {
+                let namespaces = found.iter().filter_map(|p| p.metadata.namespace.as_deref());
                 let names: Vec<_> = namespaces.map(|ns| format!("  {ns}/{name}")).collect();
                 bail!(
-                    "more than one pod is called {name}; choose its namespace with -n:\n{}",
+                    "more than one pod is called {name}; give NAMESPACE/NAME of one of them:\n{}",
                     names.join("\n")
                 )
             }
-        };
-        let node = node.with_context(|| format!("pod {pod} is not on a node yet"))?;
-        let agent = self.agents.iter().find(|agent| agent.node == *node);
-        let agent =
-            agent.with_context(|| format!("no agent of ebb runs on {node}, the node of {pod}"))?;
-        Ok(Some(agent))
+        }
     }
 }
 
@@ -145,6 +169,9 @@ mod tests {
             let mut pod = PodSpec::new("web-0");
             pod.namespace = namespace.into();
             api.create(&pod, node);
+            if namespace == "shop" {
+                assert!(api.set_addresses(&pod, &["10.0.0.7", "fd00::7"]));
+            }
         }
         let directory = tempfile::TempDir::new().unwrap();
         let kubeconfig = directory.path().join("kubeconfig");
@@ -166,9 +193,24 @@ mod tests {
         }
         let why = agents.of_pod("web-0").await.err().unwrap().to_string();
         assert!(
-            why.ends_with("choose its namespace with -n:\n  shop/web-0\n  test/web-0"),
+            why.ends_with("give NAMESPACE/NAME of one of them:\n  shop/web-0\n  test/web-0"),
             "{why}"
         );
         assert!(agents.of_pod("else/web-0").await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_peer_on_any_node_is_known_by_its_addresses() {
+        let (_api, agents) = cluster().await;
+        let addresses = agents.addresses_of_pod("shop/web-0").await.unwrap();
+        assert_eq!(addresses, "10.0.0.7,fd00::7");
+        for (pod, why) in [
+            ("test/web-0", "has no address"),
+            ("shop/web", "knows no such pod"),
+            ("web-0", "more than one pod"),
+        ] {
+            let said = agents.addresses_of_pod(pod).await.unwrap_err().to_string();
+            assert!(said.contains(why), "{said}");
+        }
     }
 }

@@ -29,7 +29,7 @@ pub struct TableStyle {
 pub struct RenderedTable {
     /// The rows.
     pub table: String,
-    /// Details and warnings, one a line.
+    /// Details and warnings, one per line.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }

@@ -22,7 +22,7 @@ pub(super) struct WatchFlags {
     /// row, and a watch of one pod ends with the pod. With -o json, each row is an object.
     #[arg(short, long)]
     pub(super) watch: bool,
-    /// With --watch: the time between two looks. Each costs as much as the list: a dump of the node's connections per
+    /// With --watch: the time between two lists. Each costs as much as the list: a dump of the node's connections per
     /// pod.
     #[arg(
         long,
@@ -45,11 +45,11 @@ pub(super) struct RowState {
 }
 
 /// A list that can be watched. Its text has one line per row, in the order of [`Self::rows`] and [`Document::lines`].
-pub(super) trait Rows: Document {
+pub(super) trait FollowedList: Document {
     fn rows(&self) -> Vec<RowState>;
 }
 
-impl Rows for PodList {
+impl FollowedList for PodList {
     fn rows(&self) -> Vec<RowState> {
         let row = |p: &ebb_protocol::views::PodView| RowState {
             id: p.pod.uid.to_string(),
@@ -63,7 +63,7 @@ impl Rows for PodList {
     }
 }
 
-impl Rows for FlowList {
+impl FollowedList for FlowList {
     fn rows(&self) -> Vec<RowState> {
         let row = |f: &ebb_protocol::views::FlowView| RowState {
             id: format!("{} {} {}", f.pod.uid, f.local, f.remote),
@@ -74,7 +74,7 @@ impl Rows for FlowList {
     }
 }
 
-impl Rows for DrainList {
+impl FollowedList for DrainList {
     fn rows(&self) -> Vec<RowState> {
         let row = |r: &ebb_core::drain_report::Report| RowState {
             id: format!("{} {}", r.pod.uid, r.started_at),
@@ -97,7 +97,7 @@ struct Printed {
 
 impl Printed {
     /// The text of the rows that are new or have changed, with the names of the columns the first time.
-    fn next(&mut self, list: &impl Rows, flags: &TableFlags) -> Result<String> {
+    fn next(&mut self, list: &impl FollowedList, flags: &TableFlags) -> Result<String> {
         let rows = list.rows();
         let is_new = |row: &RowState| self.states.get(&row.id) != Some(&row.state);
         let new: Vec<usize> = (0..rows.len()).filter(|n| is_new(&rows[*n])).collect();
@@ -149,7 +149,7 @@ impl Printed {
 /// Prints what `look` returns, and what changes in it, until a signal or until the reader is gone.
 ///
 /// If the agent is away, says so once, and goes on when it is back, as after an upgrade.
-pub(super) async fn follow<L: Rows>(
+pub(super) async fn follow<L: FollowedList>(
     flags: &TableFlags,
     mut look: impl AsyncFnMut() -> Result<L, AgentError>,
 ) -> Result<()> {
@@ -192,7 +192,7 @@ fn is_refusal(e: &AgentError) -> bool {
 
 impl WatchFlags {
     /// Watches a list that the agent makes anew for each look.
-    pub(super) async fn follow<L: Rows>(
+    pub(super) async fn follow<L: FollowedList>(
         &self,
         flags: &TableFlags,
         mut look: impl AsyncFnMut() -> Result<L, AgentError>,

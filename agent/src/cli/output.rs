@@ -67,13 +67,13 @@ pub(super) enum OutputFormat {
     Yaml,
     /// Each element of the list as JSON on a line of its own.
     Jsonl,
-    /// Only NAMESPACE/NAME of each pod, one a line.
+    /// Only NAMESPACE/NAME of each pod, one per line.
     Name,
 }
 
 /// What a verb prints.
 pub(super) trait Document: Serialize {
-    /// Its elements as JSON, one a line; the document itself if it is no list.
+    /// Its elements as JSON, one per line; the document itself if it is no list.
     fn lines(&self) -> serde_json::Result<Vec<String>> {
         Ok(vec![serde_json::to_string(self)?])
     }

@@ -40,11 +40,11 @@ use crate::{
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
-            "doctor_foretells_how_the_stops_of_servers_end",
+            "doctor_predicts_how_the_stops_of_servers_end",
             async |scene| check_all(scene, "servers", SERVERS).await,
         ),
         trial(
-            "doctor_foretells_how_the_stops_of_inits_shells_and_runtimes_end",
+            "doctor_predicts_how_the_stops_of_inits_shells_and_runtimes_end",
             async |scene| check_all(scene, "programs", PROGRAMS).await,
         ),
         trial(

@@ -80,7 +80,7 @@ impl Emulator {
             // qemu ends when the guest reboots or panics.
             .arg("-no-reboot")
             .args(["-accel", "tcg,thread=multi"])
-            // A CPU with cmpxchg16b: Linux 7.2 allocates socket storage by kmalloc_nolock (mm/slub.c), which needs it.
+            // A CPU with cmpxchg16b, which kmalloc_nolock (mm/slub.c) of Linux 7.2 needs; BPF allocates by it.
             .args(["-cpu", "max"])
             .args(["-smp", &processors.to_string(), "-m", "2G"])
             .arg("-kernel")

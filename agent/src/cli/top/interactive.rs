@@ -27,19 +27,19 @@ use super::{
 };
 
 /// The agent's answer to a [`DataRequest`].
-enum Answer {
+enum FetchedData {
     Pods(PodList, DrainList),
     Drains(DrainList),
     Flows(PodUid, FlowList),
 }
 
 /// A request under way. It has a task of its own, so that keys need not wait until a long answer is parsed.
-type Fetch = AbortOnDropHandle<Result<Answer, AgentError>>;
+type Fetch = AbortOnDropHandle<Result<FetchedData, AgentError>>;
 
 /// What ends a wait.
 enum Wakeup {
     Event(io::Result<Event>),
-    Answer(Result<Answer, AgentError>),
+    Fetched(Result<FetchedData, AgentError>),
     Refresh,
     Stop,
 }
@@ -90,7 +90,7 @@ async fn show(
         }
         let wakeup = tokio::select! {
             event = screen.next_event() => Wakeup::Event(event),
-            answer = answer_of(&mut fetch) => Wakeup::Answer(answer?),
+            answer = answer_of(&mut fetch) => Wakeup::Fetched(answer?),
             () = sleep_until(refresh_at), if fetch.is_none() => Wakeup::Refresh,
             () = stop.cancelled() => Wakeup::Stop,
             _ = hangup.recv() => Wakeup::Stop,
@@ -105,7 +105,7 @@ async fn show(
                     }
                 }
             }
-            Wakeup::Answer(answer) => {
+            Wakeup::Fetched(answer) => {
                 fetch = None;
                 refresh_at = Instant::now() + flags.interval;
                 left = left.map(|n| n - 1);
@@ -133,7 +133,7 @@ async fn show(
 /// The answer to the request under way. Without one, this waits forever.
 async fn answer_of(
     fetch: &mut Option<Fetch>,
-) -> Result<Result<Answer, AgentError>, tokio::task::JoinError> {
+) -> Result<Result<FetchedData, AgentError>, tokio::task::JoinError> {
     match fetch {
         Some(fetch) => fetch.await,
         None => future::pending().await,
@@ -145,13 +145,13 @@ fn spawn(source: &Source, request: &DataRequest) -> Fetch {
     AbortOnDropHandle::new(tokio::spawn(async move { ask(&source, request).await }))
 }
 
-async fn ask(source: &Source, request: DataRequest) -> Result<Answer, AgentError> {
+async fn ask(source: &Source, request: DataRequest) -> Result<FetchedData, AgentError> {
     match request {
         DataRequest::Pods => {
             let (pods, drains) = source.lists().await?;
-            Ok(Answer::Pods(pods, drains))
+            Ok(FetchedData::Pods(pods, drains))
         }
-        DataRequest::Drains => source.drains().await.map(Answer::Drains),
+        DataRequest::Drains => source.drains().await.map(FetchedData::Drains),
         DataRequest::Flows { pod, outbound } => {
             let query = FlowQuery {
                 pod: Some(pod.uid.to_string()),
@@ -164,19 +164,19 @@ async fn ask(source: &Source, request: DataRequest) -> Result<Answer, AgentError
                 .client
                 .get_json(&format!("/v1/flows?{query}"))
                 .await?;
-            Ok(Answer::Flows(pod.uid, flows))
+            Ok(FetchedData::Flows(pod.uid, flows))
         }
     }
 }
 
-fn accept(answers: &mut Answers, answer: Answer) {
+fn accept(answers: &mut Answers, answer: FetchedData) {
     match answer {
-        Answer::Pods(pods, drains) => {
+        FetchedData::Pods(pods, drains) => {
             answers.pods = Some(pods);
             answers.drains = Some(drains);
         }
-        Answer::Drains(drains) => answers.drains = Some(drains),
-        Answer::Flows(pod, flows) => answers.flows = Some((pod, flows)),
+        FetchedData::Drains(drains) => answers.drains = Some(drains),
+        FetchedData::Flows(pod, flows) => answers.flows = Some((pod, flows)),
     }
 }
 

@@ -136,13 +136,13 @@ pub(super) fn checks(pod: &PodView, explanation: &Explanation) -> Vec<Check> {
 
 /// The age of a connection.
 #[derive(Clone, Copy)]
-struct Age {
+struct OldestAge {
     ms: u64,
     /// It is a lower bound.
     is_at_least: bool,
 }
 
-impl Age {
+impl OldestAge {
     /// `5.0s`, or `>5.0s` for a lower bound.
     fn text(self) -> String {
         match self.is_at_least {
@@ -154,19 +154,19 @@ impl Age {
 
 /// The age of the oldest connection, of those that are open and those that the last drain cut. If the age of any is a
 /// lower bound, that of the oldest is.
-fn oldest(pod: &PodView, explanation: &Explanation) -> Option<Age> {
-    let open = pod.oldest_ms.map(|ms| Age {
+fn oldest(pod: &PodView, explanation: &Explanation) -> Option<OldestAge> {
+    let open = pod.oldest_ms.map(|ms| OldestAge {
         ms,
         is_at_least: pod.oldest_is_at_least,
     });
     let cut = explanation.drain.iter().flat_map(|d| &d.cut);
     let cut = cut.filter_map(|c| {
-        Some(Age {
+        Some(OldestAge {
             ms: c.age_ms.or(c.age_at_least_ms)?,
             is_at_least: c.age_ms.is_none(),
         })
     });
-    cut.chain(open).reduce(|a, b| Age {
+    cut.chain(open).reduce(|a, b| OldestAge {
         ms: a.ms.max(b.ms),
         is_at_least: a.is_at_least || b.is_at_least,
     })

@@ -140,7 +140,8 @@ const MORE_PARTS: &[Package] = &[
         "uwsgi-plugin-python3",
         "usr/lib/uwsgi/plugins/python311_plugin.so",
     ),
-    ("libpython3.11", "usr/share/doc/libpython3.11/copyright"),
+    // Its documentation is a link to that of another package.
+    ("libpython3.11", "usr/share/lintian/overrides/libpython3.11"),
     ("libpcre3", "usr/share/doc/libpcre3/copyright"),
     ("libyajl2", "usr/share/doc/libyajl2/copyright"),
     ("libyaml-0-2", "usr/share/doc/libyaml-0-2/copyright"),

@@ -153,10 +153,14 @@ impl PodEvent {
         Self {
             pod: r.pod.clone(),
             reason,
+            // After a shutdown, the next agent continues the drain.
             warning: !matches!(
                 r.reason,
                 Some(
-                    ReleaseReason::Drained | ReleaseReason::Manual | ReleaseReason::NotTerminating
+                    ReleaseReason::Drained
+                        | ReleaseReason::Manual
+                        | ReleaseReason::NotTerminating
+                        | ReleaseReason::Shutdown
                 )
             ),
             note,

@@ -117,7 +117,8 @@ async fn wait_answered(scene: Scene) -> Result<()> {
     let report: Report = serde_json::from_slice(&out.stdout)?;
     ensure!(report.reason == Some(ReleaseReason::Shutdown), "{report:?}");
     ensure!(report.pod.name == "wait-answered", "{report:?}");
-    ensure!(report.cut_total == Some(1), "{report:?}");
+    // It is not known whether a stop follows.
+    ensure!(report.cut_total == Some(0), "{report:?}");
     Ok(())
 }
 

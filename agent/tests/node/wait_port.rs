@@ -437,11 +437,18 @@ async fn taken_back(scene: ExclusiveScene) -> Result<()> {
     let old = pod.containers[0].clone();
     kubelet.stop_container(&old, SECOND).await?;
     kubelet.restart(&mut pod, "app", 1).await?;
-    eventually("the port is free", async || {
-        Ok(TcpStream::connect(address).await.is_err().then_some(()))
+    // The agent frees the port once it knows the new container, which may be before the application starts.
+    let has_port = eventually("the port is free, or the application's", async || {
+        if TcpStream::connect(address).await.is_err() {
+            return Ok(Some(false));
+        }
+        let reply = http::get(address, "/").await;
+        Ok(reply.is_ok_and(|r| r.body == "ok\n").then_some(true))
     })
     .await?;
-    kubelet.restart(&mut pod, "app", 2).await?;
+    if !has_port {
+        kubelet.restart(&mut pod, "app", 2).await?;
+    }
     http::until_open(address, SOON).await?;
     // The next agent finds the port in use at once; this one would in a minute.
     agent.stop().await?;

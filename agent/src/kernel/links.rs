@@ -52,8 +52,22 @@ struct Link {
 ///
 /// The sysctl alone says nothing, because a new namespace inherits the host's setting. The signs are a bridge with a
 /// port, or, with forwarding on, a link to a virtual machine or VPN, or veths to more than one other namespace.
-pub(super) fn forwards() -> io::Result<Option<String>> {
-    Ok(why_forwards(&links()?, is_forwarding()))
+///
+/// A namespace in which nothing of the pod listens also forwards traffic if it tracks connections.
+pub(super) fn forwards(listens: bool) -> Option<String> {
+    let is_forwarding = is_forwarding();
+    // Not knowing the links is no reason to fail: the sockets are known.
+    let links = links().unwrap_or_else(|e| {
+        tracing::debug!("can't list the links of a pod: {e}");
+        vec![]
+    });
+    let by_table = || {
+        (is_forwarding && !listens && tracks_connections()).then(|| {
+            "its namespace forwards traffic and tracks connections, and nothing listens in it"
+                .into()
+        })
+    };
+    why_forwards(&links, is_forwarding).or_else(by_table)
 }
 
 fn why_forwards(links: &[Link], is_forwarding: bool) -> Option<String> {
@@ -91,13 +105,13 @@ fn why_forwards(links: &[Link], is_forwarding: bool) -> Option<String> {
     None
 }
 
-/// Whether the calling thread's namespace forwards traffic and has entries in its table of connections (conntrack). It has
-/// them only if a rule in it needs them, such as a translation of addresses (`nf_ct_netns_get` in
+/// Whether the calling thread's namespace has entries in its table of connections (conntrack). It has them only if a rule
+/// in it needs them, such as a translation of addresses (`nf_ct_netns_get` in
 /// `net/netfilter/nf_conntrack_proto.c`).
-pub(super) fn forwards_tracked_connections() -> bool {
+fn tracks_connections() -> bool {
     let count = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").ok();
     let count: Option<u64> = count.and_then(|count| count.trim().parse().ok());
-    is_forwarding() && count.is_some_and(|count| count > 0)
+    count.is_some_and(|count| count > 0)
 }
 
 /// Whether the calling thread's namespace forwards IPv4 or IPv6. A missing file means no.

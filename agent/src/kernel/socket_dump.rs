@@ -36,32 +36,17 @@ impl TrackerState {
         let known = self.open_counts.known(netns.inode());
         let before = known.iter().filter_map(|key| Some((*key, counters(key)?)));
         let before = before.collect();
-        let is_pods = matches!(scope, Scope::Netns { .. });
-        let (mut samples, mut forwards, translates) = netns.run(|| {
-            let samples = complete_dump(&self.programs.inspector)?;
-            // Not knowing the links is no reason to fail: the sockets are known.
-            let forwards = if is_pods { links::forwards() } else { Ok(None) };
-            Ok((
-                samples,
-                forwards.unwrap_or_else(|e| {
-                    tracing::debug!("can't list the links of a pod: {e}");
-                    None
-                }),
-                is_pods && links::forwards_tracked_connections(),
-            ))
+        let (mut samples, forwards) = netns.run(|| {
+            let mut samples = complete_dump(&self.programs.inspector)?;
+            let Scope::Netns { inode, .. } = scope else {
+                return Ok((samples, None));
+            };
+            self.own_ports.mark(*inode, &mut samples);
+            let listens = samples.iter().any(Sample::is_listener_of_pod);
+            Ok((samples, links::forwards(listens)))
         })?;
         self.open_counts
             .record_dump(netns.inode(), &samples, &before, counters);
-        if let Scope::Netns { inode, .. } = scope {
-            self.own_ports.mark(*inode, &mut samples);
-        }
-        let listens = |s: &Sample| s.state == TcpState::Listen && !s.to_wait_port;
-        if translates && forwards.is_none() && !samples.iter().any(listens) {
-            forwards = Some(
-                "its namespace forwards traffic and tracks connections, and nothing listens in it"
-                    .into(),
-            );
-        }
         // After the dump, so that no cgroup of a dumped socket is missing.
         let scopes = scopes.iter().map(|scope| self.with_new_cgroups(scope));
         let scopes = scopes.collect::<io::Result<Vec<_>>>()?;

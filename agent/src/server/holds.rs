@@ -49,7 +49,7 @@ use crate::{
 const REFRESH_WITHIN: Duration = Duration::from_millis(500);
 
 /// How long the first list may take for a call that an earlier agent has held. The proxy waits 2.5 s for the answer.
-const FIRST_LIST_WITHIN: Duration = Duration::from_millis(1500);
+const RESUMED_LIST_WITHIN: Duration = Duration::from_millis(1500);
 
 /// A report that a call was forwarded limits the pod's holds if it is no older than this. A drain that comes later may be
 /// for another end of the pod.
@@ -253,7 +253,7 @@ impl Holds {
     async fn admit(self: &Arc<Self>, request: &HoldRequest) -> Result<Admission, HoldRefusal> {
         // A new list, because it matters which containers run; the last one if the runtime does not answer.
         let within = match request.resumed && self.pods.latest().is_empty() {
-            true => FIRST_LIST_WITHIN,
+            true => RESUMED_LIST_WITHIN,
             false => REFRESH_WITHIN,
         };
         let table = self.pods.refresh_or_cached(within).await;

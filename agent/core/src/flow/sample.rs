@@ -132,6 +132,11 @@ impl Sample {
         }
     }
 
+    /// Whether a process of the pod listens on it, and not ebb.
+    pub fn is_listener_of_pod(&self) -> bool {
+        self.state == TcpState::Listen && !self.to_wait_port
+    }
+
     /// Payload bytes from the peer, without the peer's FIN, which the kernel counts as one byte.
     pub const fn payload_received(&self) -> u64 {
         let fin = matches!(

@@ -189,9 +189,8 @@ impl Snapshot {
 
     /// The snapshot of a dump: `samples` also has all listeners of the pod.
     pub fn with_listeners(self, samples: &[Sample]) -> Self {
-        let listens = |s: &Sample| s.state == TcpState::Listen && !s.to_wait_port;
         Self {
-            listens: Some(samples.iter().any(listens)),
+            listens: Some(samples.iter().any(Sample::is_listener_of_pod)),
             ..self
         }
     }

@@ -1,4 +1,4 @@
-//! What ebb tells the application of a pod that ends: stop signals, and the request on drain.
+//! Stop signals and requests on drain, which tell an application that its pod ends.
 
 use std::{
     fs,

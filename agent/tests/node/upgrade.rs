@@ -1,4 +1,4 @@
-//! What an agent knows of the flows that are older than itself.
+//! An agent and the flows that are older than itself.
 
 use anyhow::{Context as _, Result, ensure};
 use ebb_core::flow::Direction;

@@ -81,14 +81,14 @@ impl Containers {
         all
     }
 
-    /// Adds the pod's current containers, and returns whether one of them replaces another. The pod's first container may
-    /// appear after its sandbox, in which ebb already listens.
+    /// Adds the pod's current containers, and returns whether one of them is new and replaces another. The pod's first
+    /// container may appear after its sandbox, in which ebb already listens, and together with the one that replaces it.
     pub(super) fn follow(&mut self, pod: &Pod) -> bool {
-        let known: HashSet<String> = self.0.keys().cloned().collect();
         let mut restarted = false;
         for container in &pod.containers {
             let ids = self.0.entry(container.name.clone()).or_default();
-            restarted |= ids.insert(container.id.clone()) && known.contains(&container.name);
+            let is_first = ids.is_empty();
+            restarted |= ids.insert(container.id.clone()) && !is_first;
         }
         restarted
     }
@@ -172,5 +172,16 @@ mod tests {
         let mut again = pod("u1", "web", &["a2"]);
         again.containers[0].name = "a".into();
         assert!(known.follow(&again));
+        assert!(!known.follow(&again));
+    }
+
+    #[test]
+    fn a_restart_is_found_if_the_first_container_has_failed_before_the_next_list() {
+        let mut known = Containers::of(&pod("u1", "web", &[]));
+        let mut both = pod("u1", "web", &["a", "a2"]);
+        both.containers[0].running = false;
+        both.containers[1].name = "a".into();
+        assert!(known.follow(&both));
+        assert!(!known.follow(&both));
     }
 }

@@ -130,6 +130,8 @@ pub(crate) struct Running {
     pods: Arc<Pods>,
     drains: DrainHandle,
     tasks: TaskHealth,
+    /// Waits for the end of tasks that must not end, by the name of the task.
+    lasting: Vec<(&'static str, BoxFuture<'static, ()>)>,
     changes: Arc<ChangeNotifier>,
     history: Arc<SavedHistory>,
     reporter: Reporter,
@@ -234,6 +236,10 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         }
         _ => EventWriter::off(),
     };
+    let lasting: Vec<(_, BoxFuture<'static, ()>)> = vec![
+        ("the watch on the API server", Box::pin(kube.ended())),
+        ("the task that writes Events", Box::pin(events.ended())),
+    ];
     let reporter = Reporter::new(Arc::clone(&metrics), events, traces);
     let annotations = annotation_warnings::follow(kube.pods(), config.policy.clone(), {
         let reporter = reporter.clone();
@@ -326,6 +332,7 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         pods,
         drains,
         tasks,
+        lasting,
         changes,
         history,
         reporter,
@@ -394,6 +401,7 @@ impl Running {
             pods,
             drains,
             tasks,
+            lasting,
             changes,
             history,
             reporter,
@@ -431,6 +439,9 @@ impl Running {
         }
         let waits = pod_port::serve(pod_ports, Arc::clone(&changes), stop.clone());
         servers.spawn(watch("the server of wait ports", Box::pin(waits)));
+        for (name, ended) in lasting {
+            tokio::spawn(watch(name, ended));
+        }
         let lists = async move { change_notifier::follow(&pods, &changes).await };
         let lists = watch("the task that lists pods", Box::pin(lists));
         let refreshing = AbortOnDropHandle::new(tokio::spawn(lists));

@@ -283,6 +283,21 @@ impl Kube {
         self.client.is_some().then_some(is_up)
     }
 
+    /// Waits until one of the watches has ended, which happens only if it has panicked. Without an API server, for ever.
+    pub(crate) fn ended(&self) -> impl Future<Output = ()> + use<> {
+        let (mut pods, mut namespaces) = (self.pods(), self.namespaces());
+        let has_watches = self.client.is_some();
+        async move {
+            if !has_watches {
+                std::future::pending::<()>().await;
+            }
+            tokio::select! {
+                () = async { while pods.changed().await.is_ok() {} } => {}
+                () = async { while namespaces.changed().await.is_ok() {} } => {}
+            }
+        }
+    }
+
     /// The pods, which the watch keeps current.
     pub fn pods(&self) -> watch::Receiver<Arc<KubePods>> {
         self.pods.clone()

@@ -110,6 +110,17 @@ impl EventWriter {
         }
     }
 
+    /// Waits until the task that writes has ended, which happens only if it has panicked. Without an API server, for ever.
+    pub(crate) fn ended(&self) -> impl Future<Output = ()> + use<> {
+        let queue = self.0.as_ref().map(|(queue, _)| queue.clone());
+        async move {
+            match queue {
+                Some(queue) => queue.closed().await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
     /// Waits until the events sent so far are written or dropped, for `limit` at most. Returns whether they are.
     pub(crate) async fn flush(&self, limit: Duration) -> bool {
         let Some((queue, _)) = &self.0 else {

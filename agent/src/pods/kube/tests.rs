@@ -4,10 +4,12 @@ mod fake_api;
 
 use ebb_core::ids::SandboxId;
 use ebb_testkit::api_server::{AnswerMode, ApiServer, ApiVerb, Faults};
+use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use self::fake_api::FakeApiServer;
+
 use super::*;
 use crate::pods::table::tests::pod;
 
@@ -258,6 +260,19 @@ async fn without_an_api_server_nothing_is_known() {
         .unwrap();
     assert_eq!(kube.is_deleting(&on_node("u1"), LONGEST_WAIT).await, None);
     assert!(!kube.pods().borrow().synced);
+    assert!(kube.ended().now_or_never().is_none());
+}
+
+#[tokio::test]
+async fn the_end_of_a_watch_is_noticed() {
+    let server = FakeApiServer::start();
+    let kube = Kube::watch(server.client(), "node-1", &Arc::default());
+    synced(&kube).await;
+    let ended = kube.ended();
+    assert!(kube.ended().now_or_never().is_none());
+    // As a panic would.
+    drop(kube);
+    ended.await;
 }
 
 #[tokio::test]

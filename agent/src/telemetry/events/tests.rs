@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use axum::{Json, Router, extract::State, http::Method, http::Uri};
 use ebb_core::ids::{PodName, PodUid};
+use futures_util::FutureExt as _;
 use kube::Config;
 use serde_json::Value;
 use tokio::net::TcpListener;
@@ -181,6 +182,17 @@ async fn flush_waits_for_the_events_under_way_up_to_its_limit() {
     let events = EventWriter::start(self::client(&address), "node-1", Arc::default());
     events.send(event("x"));
     assert!(!events.flush(Duration::from_millis(50)).await);
+}
+
+#[tokio::test]
+async fn the_end_of_the_writer_is_noticed() {
+    assert!(EventWriter::off().ended().now_or_never().is_none());
+    let (queue, messages) = mpsc::channel(1);
+    let ended = EventWriter(Some((queue, Arc::default()))).ended();
+    let mut ended = Box::pin(ended);
+    assert!(ended.as_mut().now_or_never().is_none());
+    drop(messages);
+    ended.await;
 }
 
 #[test]

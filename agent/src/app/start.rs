@@ -42,6 +42,7 @@ use crate::{
         table::PodTable,
     },
     server::{
+        PodServices,
         advise::ConnectionLifetimes,
         api::{self, Api},
         deletions::Deletions,
@@ -270,19 +271,19 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         "the task that follows deletions",
         Box::pin(deletions.follow()),
     );
-    let flows = PodFlows::new(tracker.clone(), Arc::clone(&policies));
+    let services = PodServices {
+        pods: Arc::clone(&pods),
+        flows: PodFlows::new(tracker.clone(), Arc::clone(&policies)),
+        drains: drains.clone(),
+    };
     let shutdown = NodeShutdown::new(config.dbus_socket);
     let waits = Arc::new(Waits::new(
         PeerResolver::new(tracker.clone(), Arc::clone(&pods), kubepods),
-        Arc::clone(&pods),
-        flows.clone(),
-        drains.clone(),
+        services.clone(),
         shutdown.clone(),
     ));
     let holds = Arc::new(Holds::new(
-        Arc::clone(&pods),
-        flows.clone(),
-        drains.clone(),
+        services.clone(),
         Terminations::new(config.hold_unknown),
         shutdown,
         Arc::clone(&metrics),
@@ -294,9 +295,7 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
     );
     let warnings = Arc::new(WaitPortWarnings::new(reporter.clone()));
     let api = Api::new(
-        Arc::clone(&pods),
-        flows,
-        drains.clone(),
+        services,
         holds,
         Arc::clone(&waits),
         Arc::clone(&warnings),

@@ -49,6 +49,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    PodServices,
     advise::{self, ConnectionLifetimes},
     convert, explain,
     filters::{FlowFilter, PodFilter, flow_key},
@@ -99,14 +100,17 @@ pub(crate) struct Api {
 impl Api {
     /// `wait_ports` has the warnings about wait ports.
     pub(crate) fn new(
-        pods: Arc<Pods>,
-        flows: PodFlows,
-        drains: DrainHandle,
+        services: PodServices,
         holds: Arc<Holds>,
         waits: Arc<Waits>,
         wait_ports: Arc<WaitPortWarnings>,
         lifetimes: ConnectionLifetimes,
     ) -> Self {
+        let PodServices {
+            pods,
+            flows,
+            drains,
+        } = services;
         let tracker = flows.tracker().clone();
         let rates = Rates::new(tracker.clone());
         Self {

@@ -34,7 +34,9 @@ use ebb_protocol::{
 };
 use tokio::sync::mpsc;
 
-use super::{pod_flows::PodFlows, stop_history::StopHistory, terminations::Terminations};
+use super::{
+    PodServices, pod_flows::PodFlows, stop_history::StopHistory, terminations::Terminations,
+};
 use crate::{
     drains::driver::{DrainHandle, HoldOrder},
     linux::logind::NodeShutdown,
@@ -132,13 +134,16 @@ struct NotTerminating {
 impl Holds {
     /// `terminations` and `shutdown` tell terminations from container restarts.
     pub(crate) fn new(
-        pods: Arc<Pods>,
-        flows: PodFlows,
-        drains: DrainHandle,
+        services: PodServices,
         terminations: Terminations,
         shutdown: NodeShutdown,
         metrics: Arc<Metrics>,
     ) -> Self {
+        let PodServices {
+            pods,
+            flows,
+            drains,
+        } = services;
         Self {
             pods,
             flows,

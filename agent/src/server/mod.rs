@@ -27,12 +27,25 @@ mod stop_history;
 pub(crate) mod terminations;
 pub(crate) mod wait;
 
+use std::sync::Arc;
+
 use axum::{
     Json,
     http::StatusCode,
     response::{IntoResponse as _, Response},
 };
 use ebb_protocol::views::Problem;
+
+use self::pod_flows::PodFlows;
+use crate::{drains::driver::DrainHandle, pods::store::Pods};
+
+/// What the API, the holds and the waits ask about pods.
+#[derive(Clone)]
+pub(crate) struct PodServices {
+    pub(crate) pods: Arc<Pods>,
+    pub(crate) flows: PodFlows,
+    pub(crate) drains: DrainHandle,
+}
 
 fn problem(status: StatusCode, error: String) -> Response {
     (status, Json(Problem::new(error))).into_response()

@@ -18,7 +18,7 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::{
-    drain_text, holds::FIRST_DUMP_WITHIN, keyed_semaphore::KeyedSemaphore,
+    PodServices, drain_text, holds::FIRST_DUMP_WITHIN, keyed_semaphore::KeyedSemaphore,
     peer_identity::PeerResolver, pod_flows::PodFlows,
 };
 use crate::{
@@ -137,13 +137,12 @@ pub(crate) struct Waits {
 }
 
 impl Waits {
-    pub(crate) fn new(
-        peers: PeerResolver,
-        pods: Arc<Pods>,
-        flows: PodFlows,
-        drains: DrainHandle,
-        shutdown: NodeShutdown,
-    ) -> Self {
+    pub(crate) fn new(peers: PeerResolver, services: PodServices, shutdown: NodeShutdown) -> Self {
+        let PodServices {
+            pods,
+            flows,
+            drains,
+        } = services;
         Self {
             peers,
             pods,

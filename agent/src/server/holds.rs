@@ -40,18 +40,19 @@ use super::{
 use crate::{
     drains::driver::{DrainHandle, HoldOrder},
     linux::logind::NodeShutdown,
-    pods::{Pod, kube::LONGEST_WAIT, store::Pods},
+    pods::{Pod, kube::LONGEST_WAIT, store::Pods, table::PodTable},
     telemetry::metrics::Metrics,
 };
 
-/// How long a stop waits for the runtime's list of pods. The rest of the decision needs its part of
-/// [`FIRST_MESSAGE_WITHIN`].
+/// How long a stop waits for the runtime's list of pods, if the last list has what it stops. The rest of the decision needs
+/// its part of [`FIRST_MESSAGE_WITHIN`]: up to 0.8 s for the API server, and 0.3 s for logind.
 ///
 /// [`FIRST_MESSAGE_WITHIN`]: ebb_protocol::hold::FIRST_MESSAGE_WITHIN
 const REFRESH_WITHIN: Duration = Duration::from_millis(500);
 
-/// How long the first list may take for a call that an earlier agent has held. The proxy waits 2.5 s for the answer.
-const RESUMED_LIST_WITHIN: Duration = Duration::from_millis(1500);
+/// How long a stop waits for the list if the last one does not have what it stops: a container that has just started, on a
+/// busy node, or any at the start of an agent. Without a list, such a stop is forwarded.
+const FIRST_LISTED_WITHIN: Duration = Duration::from_millis(1300);
 
 /// A report that a call was forwarded limits the pod's holds if it is no older than this. A drain that comes later may be
 /// for another end of the pod.
@@ -227,15 +228,8 @@ impl Holds {
         let reason = report.why.name();
         self.metrics.bypassed(reason, None);
         let is_late = BootTime::now().since(report.at) > LIMITS_WITHIN;
-        let table = self
-            .pods
-            .refresh_or_cached(REFRESH_WITHIN)
-            .await
-            .unwrap_or_default();
-        let pod = match &report.call {
-            HeldCall::StopContainer { container, .. } => table.by_container(container),
-            HeldCall::StopPodSandbox { sandbox } => table.by_sandbox(sandbox),
-        };
+        let table = self.listed(&report.call).await;
+        let pod = pod_of(&table, &report.call);
         let Some(pod) = pod else { return };
         if let HeldCall::StopContainer { timeout_ms, .. } = report.call
             && !is_late
@@ -254,24 +248,28 @@ impl Holds {
         });
     }
 
-    /// The hold to order, or why the stop is forwarded at once.
-    async fn admit(self: &Arc<Self>, request: &HoldRequest) -> Result<Admission, HoldRefusal> {
-        // A new list, because it matters which containers run; the last one if the runtime does not answer.
-        let within = match request.resumed && self.pods.latest().is_empty() {
-            true => RESUMED_LIST_WITHIN,
-            false => REFRESH_WITHIN,
+    /// A new list of pods, because it matters which containers run; the last one if the runtime does not answer in time.
+    async fn listed(&self, call: &HeldCall) -> Arc<PodTable> {
+        let within = match pod_of(&self.pods.latest(), call) {
+            Some(_) => REFRESH_WITHIN,
+            None => FIRST_LISTED_WITHIN,
         };
         let table = self.pods.refresh_or_cached(within).await;
-        let table = table.unwrap_or_default();
-        let (pod, unknown) = match &request.call {
-            HeldCall::StopContainer { container, .. } => {
-                (table.by_container(container), "unknown-container")
+        table.unwrap_or_default()
+    }
+
+    /// The hold to order, or why the stop is forwarded at once.
+    async fn admit(self: &Arc<Self>, request: &HoldRequest) -> Result<Admission, HoldRefusal> {
+        let table = self.listed(&request.call).await;
+        let pod = pod_of(&table, &request.call).cloned().ok_or_else(|| {
+            let unknown = match request.call {
+                HeldCall::StopContainer { .. } => "unknown-container",
+                HeldCall::StopPodSandbox { .. } => "unknown-sandbox",
+            };
+            HoldRefusal {
+                why: Bypass::because(unknown),
+                record: None,
             }
-            HeldCall::StopPodSandbox { sandbox } => (table.by_sandbox(sandbox), "unknown-sandbox"),
-        };
-        let pod = pod.cloned().ok_or(HoldRefusal {
-            why: Bypass::because(unknown),
-            record: None,
         })?;
         let mut record = StopView {
             patience_ms: request.rpc_timeout_ms,
@@ -491,6 +489,14 @@ impl Holds {
         let held_ms = millis(BootTime::now().since(began));
         self.stops.released(stop, reason, held_ms);
         message
+    }
+}
+
+/// The pod of what the call stops.
+fn pod_of<'table>(table: &'table PodTable, call: &HeldCall) -> Option<&'table Arc<Pod>> {
+    match call {
+        HeldCall::StopContainer { container, .. } => table.by_container(container),
+        HeldCall::StopPodSandbox { sandbox } => table.by_sandbox(sandbox),
     }
 }
 

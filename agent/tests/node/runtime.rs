@@ -1,9 +1,13 @@
-//! The container runtime crashes and is started again.
+//! The container runtime crashes and is started again, or is slow.
+
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use ebb_core::drain_report::ReleaseReason;
 use ebb_testkit::kubelet::PodSpec;
 use libtest_mimic::Trial;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::time::sleep;
 
 use crate::{
     hold::stop,
@@ -13,10 +17,13 @@ use crate::{
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
-    vec![trial_alone(
-        "after_a_crash_of_the_runtime_ebb_works_as_before",
-        crashes,
-    )]
+    vec![
+        trial_alone("after_a_crash_of_the_runtime_ebb_works_as_before", crashes),
+        trial_alone(
+            "a_stop_of_a_new_container_is_held_although_the_runtime_is_slow",
+            slow,
+        ),
+    ]
 }
 
 async fn crashes(mut scene: ExclusiveScene) -> Result<()> {
@@ -100,13 +107,38 @@ async fn crashes(mut scene: ExclusiveScene) -> Result<()> {
 
     let stopping = stop(kubelet, &before, 30 * SECOND);
     agent.until_draining("before").await?;
-    tokio::time::sleep(SECOND).await;
+    sleep(SECOND).await;
     ensure!(!stopping.is_finished(), "not held");
     drop(peer);
     let stop = stopping.await?;
     ensure!(stop.error().is_none(), "{stop:?}");
     let report = agent.drain("before").await?;
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    agent.stop().await?;
+    proxy.stop().await
+}
+
+async fn slow(mut scene: ExclusiveScene) -> Result<()> {
+    let (mut agent, proxy) = scene.ebb(&["--hold-unknown", "--quiet", "300ms"]).await?;
+    let spec = PodSpec::new("slow").container(server("app", 8080));
+    let mut pod = run(&scene.node, spec).await?;
+    let direct = scene.node.kubelet()?;
+    direct.stop_container(&pod.containers[0], SECOND).await?;
+    // Until the agent has listed the pods after this. The next change leads to a list 0.25 s later.
+    sleep(3 * SECOND).await;
+    direct.restart(&mut pod, "app", 1).await?;
+    let runtime = scene.node.containerd().pid().context("no containerd")?;
+    let runtime = Pid::from_raw(runtime.cast_signed()).context("no pid")?;
+    kill_process(runtime, Signal::STOP)?;
+    let kubelet = scene.node.kubelet_at(&proxy.socket)?;
+    let stopping = stop(kubelet, &pod, 30 * SECOND);
+    sleep(Duration::from_millis(650)).await;
+    kill_process(runtime, Signal::CONT)?;
+    let stop = stopping.await?;
+    ensure!(stop.error().is_none(), "{stop:?}");
+    let report = agent.drain("slow").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(agent.runs()?, "the agent has ended");
     agent.stop().await?;
     proxy.stop().await
 }

@@ -7,7 +7,7 @@
 mod names;
 mod waiting;
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, thread, time::Duration};
 
 pub(crate) use self::names::{signal_name, signal_number};
 
@@ -37,15 +37,31 @@ pub(crate) enum SignalEffect {
     Ends,
 }
 
+/// How often a process that is running is read again, and how long each pause is.
+const READ_AGAIN: (u32, Duration) = (10, Duration::from_millis(2));
+
 impl SignalHandling {
     /// Reads a process below `proc`; `None` if it is gone. Without CAP_SYS_PTRACE, the signals that it waits for are
-    /// unknown.
+    /// unknown. Takes up to 20 ms if the process is running all the time.
     pub(crate) fn of(proc: &Path, pid: u32) -> Option<Self> {
         let process = proc.join(pid.to_string());
+        let (times, pause) = READ_AGAIN;
+        for _ in 0..times {
+            let was_running = waiting::is_running(&process);
+            let handling = Self::read(&process)?;
+            if handling.waited_for != 0 || !was_running && !waiting::is_running(&process) {
+                return Some(handling);
+            }
+            thread::sleep(pause);
+        }
+        Self::read(&process)
+    }
+
+    fn read(process: &Path) -> Option<Self> {
         let status = fs::read_to_string(process.join("status")).ok()?;
         let handling = Self::parse(&status)?;
         Some(Self {
-            waited_for: waiting::signals(&process),
+            waited_for: waiting::signals(process),
             ..handling
         })
     }
@@ -117,6 +133,23 @@ mod tests {
         assert_eq!(shared.effect(3), SignalEffect::Ends);
         assert_eq!(shared.effect(13), SignalEffect::None);
         assert_eq!(shared.effect(28), SignalEffect::None, "SIGWINCH");
+    }
+
+    #[test]
+    fn a_process_that_is_running_is_read_again() {
+        let proc = tempfile::tempdir().unwrap();
+        let process = proc.path().join("7");
+        fs::create_dir(&process).unwrap();
+        let asleep = STATUS.replace("SigBlk:\t0000000000004000", "SigBlk:\t0000000000000000");
+        fs::write(process.join("status"), asleep).unwrap();
+        fs::write(process.join("syscall"), "running\n").unwrap();
+        let reader = thread::spawn({
+            let proc = proc.path().to_owned();
+            move || SignalHandling::of(&proc, 7)
+        });
+        thread::sleep(READ_AGAIN.1);
+        fs::write(process.join("status"), STATUS).unwrap();
+        assert!(reader.join().unwrap().unwrap().blocks(15));
     }
 
     #[test]

@@ -21,10 +21,10 @@ pub(super) fn pod_view(
     let snapshot = seen.as_ref().ok().copied();
     let holding = || snapshot.into_iter().flat_map(Snapshot::holding);
     let peers: std::collections::HashSet<_> = holding().map(|f| f.remote.ip()).collect();
-    // Of two equal ages, the one that is a lower bound is the older.
-    let oldest = holding()
-        .map(Flow::age_to_show)
-        .max_by_key(|age| (age.at_least(), age.known().is_none()));
+    let ages = || holding().map(Flow::age_to_show);
+    let oldest = ages().map(Age::at_least).max();
+    // A connection of unknown age may be the oldest, whatever its lower bound.
+    let oldest_is_at_least = ages().any(|age| age.known().is_none());
     PodView {
         pod: pod.name.clone(),
         network: match pod.scope {
@@ -47,8 +47,8 @@ pub(super) fn pod_view(
         peers: snapshot.map(|_| count(peers.len())),
         exempt: snapshot.map(|s| count(s.flows.iter().filter(|f| f.exempt.is_some()).count())),
         new_per_second,
-        oldest_ms: oldest.map(|age| millis(age.at_least())),
-        oldest_is_at_least: oldest.is_some_and(|age| age.known().is_none()),
+        oldest_ms: oldest.map(millis),
+        oldest_is_at_least,
         untracked: seen.err(),
         warnings,
     }
@@ -85,4 +85,53 @@ pub(super) fn flow_view(
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ebb_core::{
+        clock::BootTime,
+        flow::{Direction, FlowState},
+        ids::SocketCookie,
+    };
+
+    use super::*;
+    use crate::pods::table::tests::pod;
+
+    fn flow(age: Age) -> Flow {
+        Flow {
+            cookie: SocketCookie(1),
+            direction: Direction::Inbound,
+            local: ([10, 0, 0, 2], 80).into(),
+            remote: ([10, 0, 0, 9], 5000).into(),
+            state: FlowState::Active,
+            exempt: None,
+            age,
+            quiet_for: Duration::ZERO,
+            unanswered_for: None,
+            bytes_in: 0,
+            bytes_out: 0,
+            cgroup: None,
+        }
+    }
+
+    #[test]
+    fn the_oldest_age_is_a_lower_bound_if_any_age_is() {
+        let ms = Duration::from_millis;
+        let oldest = |ages: &[Age]| {
+            let snapshot = Snapshot {
+                taken_at: BootTime::now(),
+                flows: ages.iter().copied().map(flow).collect(),
+                listens: None,
+            };
+            let view = pod_view(&pod("u1", "web", &[]), Ok(&snapshot), None, vec![]);
+            (view.oldest_ms, view.oldest_is_at_least)
+        };
+        let (new, older_than_the_agent) = (Age::Known(ms(12_000)), Age::AtLeast(ms(50)));
+        assert_eq!(oldest(&[]), (None, false));
+        assert_eq!(oldest(&[new]), (Some(12_000), false));
+        assert_eq!(oldest(&[new, older_than_the_agent]), (Some(12_000), true));
+    }
 }

@@ -51,6 +51,8 @@ pub(super) struct NodeFacts {
     pub(super) runtime: (PathBuf, ProbeResult),
     /// The proxy's socket; `None` if it does not exist.
     pub(super) proxy: (PathBuf, Option<ProbeResult>),
+    /// How many clients were connected to the proxy before this process was, if that is known.
+    pub(super) proxy_clients: Option<usize>,
 }
 
 impl NodeFacts {
@@ -351,11 +353,14 @@ fn kubelet_endpoint(facts: &NodeFacts) -> Check {
     }
     let endpoint = kubelet.endpoint.display();
     if facts.kubelet_uses_proxy() {
-        return Check::new(
-            name,
-            Fine,
-            format!("{endpoint} (the proxy), set by {}", kubelet.source),
-        );
+        let detail = format!("{endpoint} (the proxy), set by {}", kubelet.source);
+        // A running kubelet is always connected.
+        return match (facts.proxy_clients, &facts.proxy.1) {
+            (Some(0), Some(Ok(_))) => Check::new(name, Warn, detail)
+                .because("no client is connected to the proxy: stops are not held")
+                .change("systemctl restart kubelet"),
+            _ => Check::new(name, Fine, detail),
+        };
     }
     let known = same_socket(&kubelet.endpoint, Path::new(&facts.runtime.0));
     let what = if known {
@@ -409,6 +414,7 @@ mod tests {
                 "/run/ebb/cri.sock".into(),
                 Some(Ok("containerd 1.7".into())),
             ),
+            proxy_clients: Some(1),
         }
     }
 
@@ -503,6 +509,13 @@ mod tests {
         );
         let untracked = not_fine(|f| f.untracked.push(("a/b".into(), "Kata".into())));
         assert_eq!(untracked, one("pods", Warn));
+    }
+
+    #[test]
+    fn a_kubelet_that_was_not_restarted_warns() {
+        let clients = |clients| not_fine(|f| f.proxy_clients = clients);
+        assert_eq!(clients(Some(0)), one("kubelet's endpoint", Warn));
+        assert_eq!(clients(None), []);
     }
 
     #[test]

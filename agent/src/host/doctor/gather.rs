@@ -19,7 +19,7 @@ use super::{
 use crate::{
     host::{
         install::PROXY_SOCKET,
-        kubelet::{DEFAULT_ENDPOINT, RunningKubelet, same_socket, well_known_runtime},
+        kubelet::{DEFAULT_ENDPOINT, RunningKubelet, clients_of, same_socket, well_known_runtime},
         state::InstallState,
     },
     kernel,
@@ -93,6 +93,7 @@ async fn gather(options: &DoctorOptions, agent: &AgentClient) -> Vec<Check> {
     let kubelet = RunningKubelet::find(&options.root);
     let runtime = options.runtime_of(state.as_ref(), kubelet.as_ref());
     let proxy = options.proxy(state.as_ref());
+    let proxy_clients = clients_of(&options.root, &proxy).ok();
     let version: Result<VersionView, _> = agent.get_json("/v1/version").await;
     let pods: Option<PodList> = match &version {
         Ok(_) => agent.get_json("/v1/pods").await.ok(),
@@ -120,6 +121,7 @@ async fn gather(options: &DoctorOptions, agent: &AgentClient) -> Vec<Check> {
             true => (proxy.clone(), Some(probe(&options.root, &proxy).await)),
             false => (proxy, None),
         },
+        proxy_clients,
     })
 }
 

@@ -15,6 +15,12 @@ use std::{
 /// its first threads.
 const MOST: usize = 1024;
 
+/// Whether the process's main thread is running, or waits for a CPU. It may have been woken from a wait for signals, and
+/// then its mask is still open, but `syscall` does not show its set.
+pub(super) fn is_running(process: &Path) -> bool {
+    fs::read_to_string(process.join("syscall")).is_ok_and(|call| call.trim_end() == "running")
+}
+
 /// The signals that the process waits for, as a mask. 0 if its files can't be read.
 pub(super) fn signals(process: &Path) -> u64 {
     let entries = |directory| {

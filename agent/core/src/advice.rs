@@ -13,6 +13,7 @@ use crate::{
     clock::millis,
     drain_report::{DeadlineCause, Phase, ReleaseReason, Report},
     flow::FlowState,
+    policy::Policy,
 };
 
 /// Fewer drains than this are not enough for advice.
@@ -160,8 +161,6 @@ pub fn advise(history: &WorkloadHistory<'_>) -> Advice {
     let number = |test: &dyn Fn(&&&Report) -> bool| {
         u32::try_from(drains.iter().filter(test).count()).unwrap_or(u32::MAX)
     };
-    let is_cut_short =
-        |r: &Report| r.reason != Some(ReleaseReason::Drained) && r.cut_total != Some(0);
     let cut_short = number(&|r| is_cut_short(r));
     // One whose containers exited first, without cutting a connection, would have lasted longer with a hold.
     let lasted = drains
@@ -213,6 +212,11 @@ pub fn advise(history: &WorkloadHistory<'_>) -> Advice {
     advice
 }
 
+/// Whether the drain ended before its pod had drained.
+fn is_cut_short(r: &Report) -> bool {
+    r.reason != Some(ReleaseReason::Drained) && r.cut_total != Some(0)
+}
+
 /// The grace period of the workload's pods.
 fn grace_ms(history: &WorkloadHistory<'_>) -> Option<u64> {
     let of_deadline = || {
@@ -258,14 +262,25 @@ fn recommendations(
             set: "ebb.dev/idle-flows: close".into(),
             why: format!("{idle} of {listed} connections that were cut were idle"),
         });
-    } else if let Some(enough) = advice.enough_grace_ms.filter(|enough| is_longer(*enough)) {
-        all.push(Recommendation {
-            set: format!("terminationGracePeriodSeconds: {}", enough / 1000),
+    } else if let Some(enough) = advice.enough_grace_ms {
+        let mut set = Vec::new();
+        if is_longer(enough) {
+            set.push(format!("terminationGracePeriodSeconds: {}", enough / 1000));
+        }
+        // Then a longer grace period alone changes nothing.
+        let is_capped =
+            |r: &&&Report| is_cut_short(r) && r.deadline_cause == DeadlineCause::MaxHold;
+        if drains.iter().any(|r| is_capped(&r)) {
+            let hold = enough - millis(history.reserve).min(enough / 3);
+            set.push(format!("ebb.dev/max-hold: {}s", hold / 1000));
+        }
+        all.extend(set.into_iter().map(|set| Recommendation {
+            set,
             why: format!(
                 "{} of {} drains were cut short",
                 advice.cut_short, advice.drains
             ),
-        });
+        }));
     }
     let observed = drains.iter().filter(|r| r.observed);
     let would_help = observed.filter(|r| r.cut_total != Some(0)).count();
@@ -278,12 +293,17 @@ fn recommendations(
             ),
         });
     }
-    let late = drains.iter().filter(|r| r.still_arriving).count();
-    if late * 2 > drains.len() {
+    let late: Vec<_> = drains.iter().filter(|r| r.still_arriving).collect();
+    if late.len() * 2 > drains.len() {
+        let longest = late.iter().filter_map(|r| r.settled_ms).max();
+        let longest = longest.unwrap_or(millis(Policy::default().settle_max));
+        // It was whole seconds, and the phase ended a moment later.
+        let twice = (longest / 1000 * 2).div_ceil(STEP.as_secs()).max(1) * STEP.as_secs();
         all.push(Recommendation {
-            set: "ebb.dev/settle-max: 30s".into(),
+            set: format!("ebb.dev/settle-max: {twice}s"),
             why: format!(
-                "clients still connected after settling in {late} of {} drains",
+                "clients still connected after settling in {} of {} drains",
+                late.len(),
                 drains.len()
             ),
         });
@@ -324,6 +344,7 @@ mod tests {
         let address: SocketAddr = "10.0.0.1:80".parse().unwrap();
         let cut = states.iter().map(|state| CutFlow {
             remote: address,
+            peer: None,
             local: address,
             state: *state,
             age_ms: None,
@@ -409,6 +430,24 @@ mod tests {
     }
 
     #[test]
+    fn where_clients_still_connected_after_settling_twice_the_time_is_recommended() {
+        for (settled_ms, set) in [(15_003, "30s"), (60_000, "120s"), (2_000, "5s")] {
+            let late = Report {
+                still_arriving: true,
+                settled_ms: Some(settled_ms),
+                ..drained(90_000)
+            };
+            let drains = vec![late; 5];
+            let advice = advise(&history(&drains));
+            let settle_max = format!("ebb.dev/settle-max: {set}");
+            assert!(
+                advice.recommendations.iter().any(|r| r.set == settle_max),
+                "{advice:?}"
+            );
+        }
+    }
+
+    #[test]
     fn without_a_pod_the_deadline_tells_the_grace_period() {
         for (deadline_ms, grace_ms) in [(24_990, 30_000), (25_000, 30_000), (3_998, 6_000)] {
             let drains = [Report {
@@ -467,6 +506,19 @@ mod tests {
             advice.recommendations[0].set,
             "terminationGracePeriodSeconds: 305"
         );
+        // Not where max-hold ends the holds.
+        let by_max_hold = |r: &Report| Report {
+            deadline_cause: DeadlineCause::MaxHold,
+            ..r.clone()
+        };
+        let capped: Vec<_> = drains.iter().map(by_max_hold).collect();
+        let advice = advise(&WorkloadHistory {
+            grace: Some(Duration::from_secs(3600)),
+            lifetimes: lifetimes(minutes),
+            ..history(&capped)
+        });
+        let set: Vec<_> = advice.recommendations.iter().map(|r| &*r.set).collect();
+        assert_eq!(set, ["ebb.dev/max-hold: 300s"]);
         // Longer than a day is no bound.
         let forever = WorkloadHistory {
             lifetimes: lifetimes(None),

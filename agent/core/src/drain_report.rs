@@ -199,6 +199,9 @@ pub struct FlowsChange {
 pub struct CutFlow {
     /// The peer.
     pub remote: SocketAddr,
+    /// The pod of the node, or `node`, that has this address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
     /// The pod's end.
     pub local: SocketAddr,
     /// What it was doing.
@@ -221,8 +224,44 @@ pub struct CutFlow {
 pub struct LatePeer {
     /// Its address.
     pub address: IpAddr,
+    /// The pod of the node, or `node`, that has this address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
     /// How many flows it opened.
     pub flows: u32,
+}
+
+impl CutFlow {
+    /// The peer's address, and its name if it has one: `10.88.0.5:40123 (shop/client-0)`.
+    pub fn peer_text(&self) -> String {
+        with_name(&self.remote, self.peer.as_deref())
+    }
+}
+
+impl LatePeer {
+    /// Its address, and its name if it has one.
+    pub fn peer_text(&self) -> String {
+        with_name(&self.address, self.peer.as_deref())
+    }
+}
+
+impl Report {
+    /// Sets the names of the peers.
+    pub fn name_peers(&mut self, name: impl Fn(IpAddr) -> Option<String>) {
+        for flow in &mut self.cut {
+            flow.peer = name(flow.remote.ip());
+        }
+        for peer in &mut self.late_peers {
+            peer.peer = name(peer.address);
+        }
+    }
+}
+
+fn with_name(address: &impl fmt::Display, name: Option<&str>) -> String {
+    match name {
+        Some(name) => format!("{address} ({name})"),
+        None => address.to_string(),
+    }
 }
 
 /// A drain, under way or over. Durations count from its beginning.

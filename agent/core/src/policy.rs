@@ -154,8 +154,9 @@ impl fmt::Display for Policy {
         };
         write!(
             f,
-            "until {}, quiet {quiet}, settle {} to {}, idle-after {}, idle-flows {}, peer-timeout {}, reserve {}, \
+            "drain {}, until {}, quiet {quiet}, settle {} to {}, idle-after {}, idle-flows {}, peer-timeout {}, reserve {}, \
              max-hold {}{}",
+            self.drain,
             self.until,
             text(self.settle_min),
             text(self.settle_max),

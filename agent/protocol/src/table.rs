@@ -478,7 +478,7 @@ pub fn notes(r: &Report) -> Vec<String> {
     let cut = r.cut.iter().map(|c| {
         format!(
             "cut {} {} after {} ({} in, {} out)",
-            c.remote,
+            c.peer_text(),
             c.state,
             age(c.age_ms, c.age_at_least_ms),
             bytes(c.bytes_in),
@@ -486,8 +486,8 @@ pub fn notes(r: &Report) -> Vec<String> {
         )
     });
     let late = r.late_peers.iter().map(|p| match p.flows {
-        1 => format!("{} still connected once", p.address),
-        n => format!("{} still connected, {n} times", p.address),
+        1 => format!("{} still connected once", p.peer_text()),
+        n => format!("{} still connected, {n} times", p.peer_text()),
     });
     let said = r.detail.iter().chain(&r.warnings).cloned();
     let notified = r.notified.phrases().into_iter();
@@ -511,6 +511,7 @@ mod tests {
         let mut over = report(Some(ReleaseReason::Deadline));
         over.cut = vec![CutFlow {
             remote: "10.0.0.7:5000".parse().unwrap(),
+            peer: Some("shop/client-0".into()),
             local: "10.0.0.1:80".parse().unwrap(),
             state: FlowState::Active,
             age_ms: None,
@@ -547,7 +548,12 @@ mod tests {
         assert!(lines[1].contains(" 16.8s "), "8.2 s of 25 s: {}", lines[1]);
         assert!(lines[2].ends_with("deadline"), "{}", lines[2]);
         assert_eq!(lines.len(), 3);
-        assert!(rendered.notes.len() == 1 && rendered.notes[0].contains("after >9.0s"));
+        let cut = "cut 10.0.0.7:5000 (shop/client-0) active after >9.0s (1 in, 2 out)";
+        assert!(
+            rendered.notes.len() == 1 && rendered.notes[0].ends_with(cut),
+            "{:?}",
+            rendered.notes
+        );
     }
 
     #[test]

@@ -37,6 +37,7 @@ use crate::{
         discover::NodePaths,
         kube::{Kube, KubeError, KubeMode},
         kubepods::Kubepods,
+        peer_names,
         policies::PodPolicies,
         store::Pods,
         table::PodTable,
@@ -355,7 +356,8 @@ async fn follow_lists(
     while pods.changed().await.is_ok() {
         let table = pods.borrow_and_update().clone();
         workloads.learn(table.iter().map(|pod| &**pod));
-        drains.retain_pods(table.iter().map(|pod| pod.name.uid.clone()).collect());
+        let listed = table.iter().map(|pod| pod.name.uid.clone()).collect();
+        drains.pods_listed(listed, peer_names::of(&table));
     }
 }
 

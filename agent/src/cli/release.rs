@@ -53,7 +53,7 @@ pub(super) fn text(r: &Report) -> String {
     };
     for c in &r.cut {
         let open = age(c.age_ms, c.age_at_least_ms);
-        let _ = writeln!(out, "  {}  {}, open for {open}", c.remote, c.state);
+        let _ = writeln!(out, "  {}  {}, open for {open}", c.peer_text(), c.state);
     }
     let listed = u32::try_from(r.cut.len()).unwrap_or(u32::MAX);
     match r.cut_total.unwrap_or(0).saturating_sub(listed) {
@@ -85,6 +85,7 @@ mod tests {
         r.cut_total = Some(3);
         let flow = CutFlow {
             remote: "10.0.0.7:5000".parse().unwrap(),
+            peer: None,
             local: "10.0.0.1:80".parse().unwrap(),
             state: FlowState::Active,
             age_ms: None,

@@ -73,6 +73,9 @@ fn not_drained(reply: &WaitReply) -> Option<String> {
     let after = duration(*held_ms);
     match (reply.outcome, reason) {
         (WaitOutcome::Reached, _) | (_, Some(ReleaseReason::Drained)) => None,
+        (WaitOutcome::Observed, None) => Some(format!(
+            "ebb only observes {pod} (ebb.dev/drain: observe), so nothing waits for its drain"
+        )),
         (_, None) => Some(format!("{pod} has not drained after {after}")),
         (_, Some(ReleaseReason::NotTerminating)) => Some(format!(
             "{pod} is not being deleted, so ebb ended the wait after {after}"
@@ -124,6 +127,7 @@ mod tests {
             assert!(why.contains(text), "{why}");
         };
         says(None, WaitOutcome::Timeout, 0, "has not drained after 8.2s");
+        says(None, WaitOutcome::Observed, 0, "only observes shop/web");
         says(
             Some(ReleaseReason::Deadline),
             released,

@@ -55,7 +55,7 @@ use super::{
     journal::{Beginning, Journal},
     notify::Notifier,
 };
-use crate::kernel::KernelEvent;
+use crate::{kernel::KernelEvent, pods::peer_names::PeerNames};
 
 /// Views that differ only in counts of flows are published no more often than this.
 const VIEW_PACE: Duration = Duration::from_millis(100);
@@ -78,6 +78,8 @@ pub struct Drains<K> {
     history: History,
     active: ActiveDrains,
     finished: FinishedDrains,
+    /// Of the pods that the runtime listed last.
+    peer_names: PeerNames,
     /// Lookups to make after all events that have arrived are taken in.
     to_look_up: Vec<(DrainId, Vec<FlowEndpoints>)>,
     changed: Changed,
@@ -129,6 +131,7 @@ impl<K: Kernel> Drains<K> {
             history: History::new(journal),
             active: ActiveDrains::default(),
             finished: FinishedDrains::default(),
+            peer_names: PeerNames::default(),
             to_look_up: vec![],
             changed: Changed::Nothing,
             published: Instant::now(),
@@ -167,8 +170,9 @@ impl<K: Kernel> Drains<K> {
                         self.finished.restore(earlier);
                         self.changed = Changed::Drains;
                     }
-                    Some(Command::Listed(pods)) => {
+                    Some(Command::Listed(pods, peer_names)) => {
                         self.history.retain_pods(|uid| pods.contains(uid), BootTime::now());
+                        self.peer_names = peer_names;
                     }
                     Some(Command::Release(uid, answer)) => {
                         let drain = self.active.of_pod(&uid);
@@ -243,13 +247,13 @@ impl<K: Kernel> Drains<K> {
         if active.machine.revision() != before {
             self.changed = self.changed.max(Changed::Flows);
         }
+        let mut blocked = None;
         if active.machine.still_arriving() && !active.reported_blocked && !active.is_observed() {
             active.reported_blocked = true;
-            let report = Arc::new(Report {
+            blocked = Some(Report {
                 late_peers: active.machine.still_connecting(),
                 ..active.machine.report(now)
             });
-            let _ = self.notices.send(DrainNotice::Blocked(report));
         }
         let deadline = active.machine.deadline().at;
         active
@@ -258,6 +262,10 @@ impl<K: Kernel> Drains<K> {
         let first = |s: &mut HoldState| !std::mem::replace(&mut s.has_read, true);
         if has_answer && active.state.send_if_modified(first) {
             self.changed = Changed::Drains;
+        }
+        if let Some(report) = blocked {
+            let report = Arc::new(self.with_names(report));
+            let _ = self.notices.send(DrainNotice::Blocked(report));
         }
         if let Some(action) = action {
             self.carry_out(id, action, now);
@@ -298,10 +306,10 @@ impl<K: Kernel> Drains<K> {
         if watch.is_some() {
             self.kernel.unwatch(&pod.scope);
         }
-        let report = Arc::new(Report {
+        let report = Arc::new(self.with_names(Report {
             holds,
             ..machine.report(now)
-        });
+        }));
         state.send_modify(|s| s.report = Some(report.clone()));
         self.changed = Changed::Drains;
         // A container was restarted, which ebb would not have held.

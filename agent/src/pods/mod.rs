@@ -21,6 +21,7 @@ pub mod hook;
 pub(crate) mod info;
 pub mod kube;
 pub mod kubepods;
+pub(crate) mod peer_names;
 pub mod policies;
 pub mod store;
 pub mod table;

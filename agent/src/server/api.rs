@@ -54,7 +54,7 @@ use super::{
     convert, explain,
     filters::{FlowFilter, PodFilter, flow_key},
     holds::Holds,
-    lifetimes, peer_names,
+    lifetimes,
     pod_flows::{PodFlows, PodSnapshot},
     pod_port::WaitPortWarnings,
     problem,
@@ -66,7 +66,7 @@ use crate::{
     drains::driver::{DrainHandle, DrainsView},
     kernel::Tracker,
     pods::{
-        Pod, cgroup,
+        Pod, cgroup, peer_names,
         store::Pods,
         table::{FindError, PodTable},
     },

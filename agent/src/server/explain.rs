@@ -25,12 +25,16 @@ const SHORTEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Explains the pod of this name or UID, also one that is gone if its stops or its drain are remembered.
 pub(super) fn explain(api: &Api, table: &PodTable, wanted: &str) -> Result<Explanation, FindError> {
-    let (name, pod) = match table.find(wanted) {
-        Ok(pod) => (pod.name.clone(), Some(pod)),
-        Err(e) => match find_removed(api, wanted) {
-            Some(name) => (name, None),
-            None => return Err(e),
-        },
+    let listed = table.find(wanted);
+    let removed = match &listed {
+        Ok(pod) if is_called(&pod.name, wanted) => None,
+        // `wanted` may be the whole name of a pod that is gone, and only the beginning of the other's name.
+        _ => find_removed(api, wanted),
+    };
+    let (name, pod) = match (removed, listed) {
+        (Some(name), _) => (name, None),
+        (None, Ok(pod)) => (pod.name.clone(), Some(pod)),
+        (None, Err(e)) => return Err(e),
     };
     let view = api.drains.view().borrow().clone();
     let over = || {
@@ -105,12 +109,12 @@ fn never_held(policy: &Policy, limits: CallLimits, sleep: Duration) -> Option<St
         DrainMode::On => {}
         DrainMode::Observe => {
             return Some(
-                "ebb.dev/drain is observe: ebb forwards each stop at once, and reports how long it would have held the \
+                "its policy is drain: observe, so ebb forwards each stop at once, and reports how long it would have held the \
                  pod and what the stop cut"
                     .into(),
             );
         }
-        DrainMode::Off => return Some("ebb.dev/drain is off".into()),
+        DrainMode::Off => return Some("its policy is drain: off".into()),
     }
     let budget = TimeBudget {
         timeout: limits.grace,

@@ -16,7 +16,6 @@ mod lifetimes;
 pub(crate) mod node_port;
 pub(crate) mod observed_exits;
 pub(crate) mod peer_identity;
-mod peer_names;
 pub(crate) mod pod_flows;
 pub(crate) mod pod_port;
 mod rates;

@@ -268,6 +268,7 @@ mod tests {
         let mut long = report(Some(ReleaseReason::Deadline));
         let cut = CutFlow {
             remote: "[2001:db8::1]:50000".parse().unwrap(),
+            peer: None,
             local: "[2001:db8::2]:8080".parse().unwrap(),
             state: FlowState::HalfClosed,
             age_ms: Some(u64::MAX),

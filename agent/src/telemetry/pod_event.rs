@@ -238,7 +238,7 @@ pub(crate) fn settled(r: &Report) -> String {
 fn cut(flows: &[CutFlow], total: u32) -> String {
     let named = flows.iter().take(NAMED).map(|f| {
         let age = age(f.age_ms, f.age_at_least_ms);
-        format!("{} {} {age}", f.remote, f.state)
+        format!("{} {} {age}", f.peer_text(), f.state)
     });
     list(named.collect(), total as usize)
 }
@@ -247,7 +247,7 @@ fn peers(peers: &[LatePeer]) -> String {
     let named = peers
         .iter()
         .take(NAMED)
-        .map(|p| format!("{} ({})", p.address, p.flows));
+        .map(|p| format!("{} ({})", p.peer_text(), p.flows));
     list(named.collect(), peers.len())
 }
 
@@ -272,6 +272,7 @@ mod tests {
     fn flow(port: u16) -> CutFlow {
         CutFlow {
             remote: format!("10.1.2.3:{port}").parse().unwrap(),
+            peer: None,
             local: "10.0.0.1:80".parse().unwrap(),
             state: FlowState::Active,
             age_ms: Some(751_000),
@@ -469,6 +470,7 @@ mod tests {
         let mut r = report(None);
         r.late_peers = vec![LatePeer {
             address: "10.0.0.7".parse().unwrap(),
+            peer: None,
             flows: 12,
         }];
         let note = PodEvent::blocked(&r).note;

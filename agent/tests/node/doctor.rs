@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
-use ebb::host::doctor::{CheckStatus, Diagnosis};
+use ebb::host::doctor::{Check, CheckStatus, Diagnosis};
 use ebb_protocol::views::{Explanation, SettingSource};
 use ebb_testkit::kubelet::{ContainerSpec, PodSpec};
 use libtest_mimic::Trial;
@@ -335,12 +335,25 @@ async fn in_a_container(scene: ExclusiveScene) -> Result<()> {
     let socket = agent.socket();
     let doctor = async || doctor_without(&scene, &proxy, &hidden, &socket).await;
     // The process has its name only after its exec.
-    let (diagnosis, code) = eventually("the doctor sees the kubelet", async || {
-        let (diagnosis, code) = doctor().await?;
-        let seen = status(&diagnosis, "kubelet's endpoint") == Some(CheckStatus::Ok);
-        Ok(seen.then_some((diagnosis, code)))
+    let not_restarted = eventually("the doctor sees the kubelet", async || {
+        let (diagnosis, _) = doctor().await?;
+        let is_proxy = |check: &Check| {
+            check.name == "kubelet's endpoint" && check.detail.contains("(the proxy)")
+        };
+        Ok(diagnosis.checks.into_iter().find(is_proxy))
     })
     .await?;
+    ensure!(
+        not_restarted.status == CheckStatus::Warn && not_restarted.why.is_some(),
+        "{not_restarted:?}"
+    );
+    let client = scene.node.kubelet_at(&proxy.socket)?;
+    ensure!(client.is_ready().await?);
+    let (diagnosis, code) = doctor().await?;
+    ensure!(
+        status(&diagnosis, "kubelet's endpoint") == Some(CheckStatus::Ok),
+        "{diagnosis:?}"
+    );
     ensure!(code == Some(0), "{diagnosis:?}");
     agent.stop().await?;
     let (diagnosis, code) = doctor().await?;

@@ -183,6 +183,7 @@ async fn deadline(scene: Scene) -> Result<()> {
         "{report:?}"
     );
     let cut = &report.cut[0];
+    ensure!(cut.peer.as_deref() == Some("node"), "{cut:?}");
     ensure!(
         cut.remote == peer.address && cut.local == pod.v4(8080)?,
         "{report:?}"

@@ -337,7 +337,7 @@ async fn phases(scene: Scene) -> Result<()> {
     for part in [
         env!("CARGO_PKG_VERSION"),
         &address,
-        "policy=until zero, quiet 500ms,",
+        "policy=drain on, until zero, quiet 500ms,",
         "containerd",
     ] {
         ensure!(start.contains(part), "no {part} in {start}");

@@ -121,6 +121,7 @@ impl DrainStats {
         let mut peers: Vec<_> = late
             .map(|(address, late)| LatePeer {
                 address: *address,
+                peer: None,
                 flows: late.flows,
             })
             .collect();
@@ -195,6 +196,7 @@ fn announced<'a>(
 fn unseen(how: Announced, now: BootTime) -> CutFlow {
     CutFlow {
         remote: how.remote,
+        peer: None,
         local: how.local,
         state: UNSEEN,
         age_ms: Some(millis(now.since(how.at))),
@@ -211,6 +213,7 @@ fn cut(flow: &Flow, since_snapshot: Duration) -> CutFlow {
     };
     CutFlow {
         remote: flow.remote,
+        peer: None,
         local: flow.local,
         state: flow.state,
         age_ms,
@@ -288,6 +291,7 @@ mod tests {
             peers[0],
             LatePeer {
                 address: IpAddr::from([0, 0, 0, 7]),
+                peer: None,
                 flows: 2
             }
         );

@@ -193,8 +193,10 @@ fn why(reason: &str, evidence: Option<&str>) -> &'static str {
             "the API server says that the pod is not being deleted, and its sandbox has failed, so the kubelet \
              recreates the sandbox"
         }
-        ("observe", _) => "ebb.dev/drain is observe, so ebb only watched what the stop cut",
-        ("drain-off", _) => "the annotation ebb.dev/drain is off",
+        ("observe", _) => {
+            "the pod's policy is drain: observe, so ebb only watched what the stop cut"
+        }
+        ("drain-off", _) => "the pod's policy is drain: off",
         ("nothing-runs", _) => "no container of the pod was running any more",
         ("exited", _) => "the container had exited by itself already",
         _ => "see the agent's log",

@@ -13,7 +13,7 @@ use ebb_protocol::{
 };
 
 use super::{
-    details::phase,
+    details::state,
     rows::{PodRow, left_ms},
 };
 
@@ -106,10 +106,7 @@ pub(super) fn pod(row: &PodRow<'_>) -> [Cell; 10] {
     let pod = row.pod;
     let (drain, left) = match row.drain {
         None => (Cell::new("-", Tone::Faint), Cell::new("-", Tone::Faint)),
-        Some(drain) => (
-            Cell::new(phase(drain.phase), Tone::Draining),
-            Cell::new(duration(left_ms(drain)), Tone::Draining),
-        ),
+        Some(drain) => (Cell::new(state(drain), Tone::Draining), left(drain)),
     };
     let flows = match (&pod.flows, &pod.untracked) {
         (Some(flows), _) => Cell::count(by_state(flows), Tone::Plain),
@@ -143,14 +140,20 @@ pub(super) const DRAIN_COLUMNS: [Column; 10] = [
     column("OPEN NOW", Fit::Rest, 0),
 ];
 
+/// The time left until the deadline. None if ebb holds nothing.
+fn left(r: &Report) -> Cell {
+    match r.reason.is_some() || r.observed {
+        true => Cell::new("-", Tone::Faint),
+        false => Cell::new(duration(left_ms(r)), Tone::Draining),
+    }
+}
+
 pub(super) fn drain(r: &Report) -> [Cell; 10] {
     let total = |flows: Option<FlowCounts>| number(flows.map(|f| f.total()));
-    let (why, left) = match r.reason {
-        None => (
-            Cell::new(phase(r.phase), Tone::Draining),
-            Cell::new(duration(left_ms(r)), Tone::Draining),
-        ),
-        Some(reason) => (Cell::plain(reason.name()), Cell::new("-", Tone::Faint)),
+    let why = match r.reason {
+        None => Cell::new(state(r), Tone::Draining),
+        Some(reason) if r.observed => Cell::plain(format!("observed: {reason}")),
+        Some(reason) => Cell::plain(reason.name()),
     };
     let cut = match r.reason {
         None => "-".into(),
@@ -163,7 +166,7 @@ pub(super) fn drain(r: &Report) -> [Cell; 10] {
         why,
         Cell::plain(r.until.to_string()),
         Cell::plain(duration(r.held_ms)),
-        left,
+        left(r),
         Cell::count(total(r.flows_at_start), Tone::Plain),
         Cell::count(total(r.flows_now), Tone::Live),
         Cell::count(cut, Tone::Bad),
@@ -275,6 +278,23 @@ mod tests {
         assert_eq!(elided("web-7f9c5d-abcde", 9), "web-…bcde");
         assert_eq!(elided("web", 1), "…");
         assert_eq!(elided("web", 0), "");
+    }
+
+    #[test]
+    fn an_observed_drain_is_called_so_and_has_no_time_left() {
+        use ebb_core::drain_report::{ReleaseReason, testing};
+        let cells = |reason, observed| {
+            let [_, _, why, _, _, left, ..] = drain(&Report {
+                observed,
+                ..testing::report(reason)
+            });
+            (why.text, left.text)
+        };
+        let texts = |why: &str, left: &str| (why.to_owned(), left.to_owned());
+        assert_eq!(cells(None, true), texts("observed", "-"));
+        assert_ne!(cells(None, false).1, "-");
+        let exited = Some(ReleaseReason::Exited);
+        assert_eq!(cells(exited, true), texts("observed: exited", "-"));
     }
 
     #[test]

@@ -146,7 +146,14 @@ pub(super) fn report(pod: &PodName, report: Option<&Report>) -> Vec<TextLine> {
         field("began at", r.started_at.clone()),
         field("now", progress(r)),
         field("until", r.until.to_string()),
-        field("held", held(r)),
+        field(
+            if r.observed {
+                "would have held"
+            } else {
+                "held"
+            },
+            held(r),
+        ),
         field("calls that wait", r.holds.to_string()),
     ];
     lines.extend(r.settle.map(|settle| field("settling", settle.to_string())));
@@ -184,9 +191,20 @@ pub(super) fn report(pod: &PodName, report: Option<&Report>) -> Vec<TextLine> {
 
 fn progress(r: &Report) -> String {
     r.reason.map_or_else(
-        || phase(r.phase).to_owned(),
-        |reason| format!("released ({reason}): {}", released(reason.name())),
+        || state(r).to_owned(),
+        |reason| match r.observed {
+            true => format!("observed ({reason}): ebb held nothing"),
+            false => format!("released ({reason}): {}", released(reason.name())),
+        },
     )
+}
+
+/// What a drain under way is doing, as a word.
+pub(super) const fn state(r: &Report) -> &'static str {
+    match r.observed {
+        true => "observed",
+        false => phase(r.phase),
+    }
 }
 
 /// `8.2s of 25.0s, …`.
@@ -196,7 +214,7 @@ fn held(r: &Report) -> String {
 }
 
 /// The phase as a word.
-pub(super) const fn phase(phase: Phase) -> &'static str {
+const fn phase(phase: Phase) -> &'static str {
     match phase {
         Phase::Settle => "settling",
         Phase::Drain => "draining",
@@ -246,6 +264,7 @@ mod tests {
         let r = Report {
             cut: vec![CutFlow {
                 remote: "10.0.0.9:4000".parse().unwrap(),
+                peer: None,
                 local: "10.0.0.2:80".parse().unwrap(),
                 state: FlowState::Active,
                 age_ms: Some(61_000),

@@ -1,15 +1,15 @@
 //! One frame of `ebb top` as text, for a file or a pipe.
 
-use ebb_core::{
-    drain_report::{Phase, Report},
-    format::duration,
-};
+use ebb_core::{drain_report::Report, format::duration};
 use ebb_protocol::{
     table::{Left, Right, Table, by_state, number, oldest, per_second},
     views::{DrainList, PodList},
 };
 
-use super::rows::{PodRow, busiest_first, pod_rows};
+use super::{
+    details::state,
+    rows::{PodRow, busiest_first, pod_rows},
+};
 
 /// A summary of the node, with the time `now`, then its pods: draining ones first, then by live flows, then by idle
 /// flows. `problem` says why the lists are old.
@@ -75,12 +75,8 @@ fn row(row: &PodRow<'_>) -> [String; 9] {
 
 /// `draining, 8.2s of 25.0s`.
 fn progress(drain: &Report) -> String {
-    let phase = match drain.phase {
-        Phase::Settle => "settling",
-        Phase::Drain | Phase::Released => "draining",
-    };
     let (held, deadline) = (duration(drain.held_ms), duration(drain.deadline_ms));
-    format!("{phase}, {held} of {deadline}")
+    format!("{}, {held} of {deadline}", state(drain))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::DrainId;
-use crate::pods::{Pod, kube::Deletion};
+use crate::pods::{Pod, kube::Deletion, peer_names::PeerNames};
 
 /// Asks to hold a pod's stop until the pod has drained.
 #[derive(Clone, Debug)]
@@ -116,7 +116,7 @@ pub(super) enum Command {
     /// Reports of earlier agents, newest first.
     Restore(Vec<Arc<Report>>),
     /// The pods that the runtime lists.
-    Listed(HashSet<PodUid>),
+    Listed(HashSet<PodUid>, PeerNames),
     Shutdown,
 }
 
@@ -226,9 +226,10 @@ impl DrainHandle {
         let _ = self.commands.send(Command::Restore(earlier));
     }
 
-    /// Removes the beginnings of drains of all pods that are not among these, which the runtime lists.
-    pub fn retain_pods(&self, listed: HashSet<PodUid>) {
-        let _ = self.commands.send(Command::Listed(listed));
+    /// Removes the beginnings of drains of all pods that are not among these, which the runtime lists. Reports name their
+    /// peers by `names`.
+    pub(crate) fn pods_listed(&self, listed: HashSet<PodUid>, names: PeerNames) {
+        let _ = self.commands.send(Command::Listed(listed, names));
     }
 
     /// Releases all holds with reason `shutdown` and ends the driver. Later holds are released at once.

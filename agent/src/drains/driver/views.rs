@@ -20,9 +20,11 @@ impl<K: Kernel> Drains<K> {
     /// Publishes a view.
     pub(super) fn publish(&mut self) {
         let now = BootTime::now();
-        let active = self.active.iter().map(|a| Report {
-            holds: a.held_calls(),
-            ..a.machine.report(now)
+        let active = self.active.iter().map(|a| {
+            self.with_names(Report {
+                holds: a.held_calls(),
+                ..a.machine.report(now)
+            })
         });
         let view = DrainsView {
             version: self.view.borrow().version + 1,
@@ -34,5 +36,11 @@ impl<K: Kernel> Drains<K> {
         self.view.send_replace(Arc::new(view));
         self.changed = Changed::Nothing;
         self.published = Instant::now();
+    }
+
+    /// The report with the names of its peers.
+    pub(super) fn with_names(&self, mut report: Report) -> Report {
+        report.name_peers(|ip| self.peer_names.get(&ip).map(ToString::to_string));
+        report
     }
 }

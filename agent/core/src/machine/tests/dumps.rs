@@ -38,6 +38,7 @@ fn a_dump_that_began_before_a_new_flow_releases_nothing() {
         report.late_peers,
         [LatePeer {
             address: remote(7).ip(),
+            peer: None,
             flows: 1
         }]
     );

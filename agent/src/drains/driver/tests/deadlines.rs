@@ -117,11 +117,13 @@ async fn a_stop_that_is_repeated_much_later_has_its_first_deadline() {
     let again = harness.drains.hold(stop("a")).await;
     assert_eq!(again.deadline(), first.deadline());
     // Until the runtime lists the pod no more.
-    harness.drains.retain_pods([PodUid::new("a")].into());
+    harness
+        .drains
+        .pods_listed([PodUid::new("a")].into(), PeerNames::new());
     let again = harness.drains.hold(stop("a")).await;
     assert_eq!(again.deadline(), first.deadline());
     assert!(harness.drains.release(&PodUid::new("a")).await.is_some());
-    harness.drains.retain_pods([].into());
+    harness.drains.pods_listed([].into(), PeerNames::new());
     tokio::time::sleep(SAME_ANSWER).await;
     let another = harness.drains.hold(stop("a")).await;
     assert!(another.deadline() > first.deadline());

@@ -122,7 +122,8 @@ pub(super) fn checks(pod: &PodView, explanation: &Explanation) -> Vec<Check> {
                 Warn,
                 format!(
                     "{} still connected {} times during the drain",
-                    peer.address, peer.flows
+                    peer.peer_text(),
+                    peer.flows
                 ),
             )
             .because("balancers or clients notice the pod's end late (readiness, endpoints, DNS)")

@@ -4,10 +4,13 @@ use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use ebb_core::scope::Scope;
 
-use crate::pods::table::PodTable;
+use super::table::PodTable;
 
 /// The owner of each address: a pod of the node, or the node itself.
-pub(super) fn of(table: &PodTable) -> HashMap<IpAddr, Arc<str>> {
+pub(crate) type PeerNames = HashMap<IpAddr, Arc<str>>;
+
+/// The owners of the addresses of these pods and of the node.
+pub(crate) fn of(table: &PodTable) -> PeerNames {
     // Without them, the node's addresses have no name.
     let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
     let node = Arc::<str>::from("node");

@@ -30,8 +30,6 @@ pub(super) struct Active {
     pub(super) machine: Machine,
     /// The known facts about the pod's end.
     pub(super) end: PodEnd,
-    /// The API server said that the pod is not being deleted.
-    pub(super) is_not_deleted: bool,
     /// The grace period of the pod's deletion, if that is known.
     pub(super) deletion_grace: Option<Duration>,
     /// What was left of the grace period when the drain began, by its first hold.

@@ -65,6 +65,7 @@ impl HoldOrder {
             containers: running.map(|c| c.id.clone()).collect(),
             is_stop: self.is_stop,
             deleted: self.deletion.map(|deletion| deletion.seen),
+            is_not_deleted: self.is_not_deleted,
         }
     }
 

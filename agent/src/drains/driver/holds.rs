@@ -118,7 +118,6 @@ impl<K: Kernel> Drains<K> {
         let active = Active {
             pod: pod.clone(),
             machine,
-            is_not_deleted: order.is_not_deleted,
             deletion_grace: order.deletion.and_then(|deletion| deletion.grace),
             first_grace: order.grace,
             first_released: first.as_ref().and_then(|first| first.released),
@@ -183,7 +182,7 @@ impl<K: Kernel> Drains<K> {
         };
         active.holds = active.holds.saturating_sub(1);
         self.changed = Changed::Drains;
-        if active.is_abandoned() && active.is_not_deleted {
+        if active.is_abandoned() && active.end.is_not_deleted {
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
         self.is_stopping(id);

@@ -63,8 +63,10 @@ impl<K: Kernel> Drains<K> {
     /// A preStop wait ran for the restart of a container, or by hand.
     pub(super) fn not_terminating(&mut self, uid: &PodUid) {
         if let Some(id) = self.active.of_pod(uid)
-            && self.active.get(id).is_some_and(|a| !a.end.is_final())
+            && let Some(active) = self.active.get_mut(id)
+            && !active.end.is_final()
         {
+            active.end.is_not_deleted = true;
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
     }

@@ -62,7 +62,11 @@ async fn repeated_holds_do_not_keep_the_first_deadline_for_ever() {
 #[tokio::test]
 async fn a_deletion_after_the_drain_of_a_restart_has_a_deadline_of_its_own() {
     let harness = harness(vec![]);
-    let restart = harness.drains.hold(order(pod("a"), policy())).await;
+    let restart = HoldOrder {
+        is_not_deleted: true,
+        ..order(pod("a"), policy())
+    };
+    let restart = harness.drains.hold(restart).await;
     released(&restart).await;
     harness.kernel.script().samples = vec![sample(1)];
     let now = BootTime::now();
@@ -90,6 +94,7 @@ async fn a_deletion_during_the_drain_of_a_restart_ends_it_and_has_a_deadline_of_
     let harness = harness(vec![sample(1)]);
     let restart = HoldOrder {
         grace: Some(Duration::from_secs(6)),
+        is_not_deleted: true,
         ..order(pod("a"), policy())
     };
     let restart = harness.drains.hold(restart).await;
@@ -105,6 +110,49 @@ async fn a_deletion_during_the_drain_of_a_restart_ends_it_and_has_a_deadline_of_
     assert!(later.deadline() > restart.deadline() + Duration::from_secs(30));
     let early = timeout(5 * QUIET, later.released()).await;
     assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn a_wait_without_an_answer_of_the_api_server_belongs_to_the_deletion_that_is_reported_later() {
+    let harness = harness(vec![sample(1)]);
+    let first = harness.drains.hold(order(pod("a"), policy())).await;
+    let deadline = first.deadline();
+    let reported = deletion(
+        BootTime::now() + Duration::from_secs(2),
+        Duration::from_secs(12),
+    );
+    harness.drains.deletion(&PodUid::new("a"), reported);
+    // The hook of another container, and then the stop.
+    for is_stop in [false, true] {
+        let later = HoldOrder {
+            deletion: Some(reported),
+            is_stop,
+            ..order(pod("a"), policy())
+        };
+        let later = harness.drains.hold(later).await;
+        assert_eq!(later.deadline(), first.deadline());
+    }
+    assert!(first.deadline() + Duration::from_secs(30) < deadline);
+    let view = harness.until_view(|v| v.active[0].holds == 1).await;
+    assert_eq!(view.active[0].deadline_cause, DeadlineCause::ShorterGrace);
+    assert!(view.finished.is_empty(), "{view:?}");
+}
+
+#[tokio::test]
+async fn once_the_api_server_has_denied_a_deletion_a_later_one_has_a_deadline_of_its_own() {
+    let harness = harness(vec![sample(1)]);
+    let wait = harness.drains.hold(order(pod("a"), policy())).await;
+    harness.drains.not_terminating(&PodUid::new("a"));
+    released(&wait).await;
+    let deleted = HoldOrder {
+        deletion: Some(deletion(
+            BootTime::now() + Duration::from_secs(2),
+            Duration::from_secs(60),
+        )),
+        ..order(pod("a"), policy())
+    };
+    let later = harness.drains.hold(deleted).await;
+    assert!(later.deadline() > wait.deadline());
 }
 
 #[tokio::test]

@@ -204,6 +204,13 @@ impl Machine {
                 self.revision += 1;
             }
             Event::Stopping(is_stopping) => self.notifying.is_stopping = is_stopping,
+            Event::MayLiveOn(may_live_on) => {
+                let before = std::mem::replace(&mut self.idleness.may_live_on, may_live_on);
+                // The flows of the last snapshot may be idle by now.
+                if before && self.idleness.closes() {
+                    self.requests.want(DumpReason::Idle);
+                }
+            }
             Event::Notified(outcome) => {
                 self.notifying.ended(outcome);
                 self.revision += 1;

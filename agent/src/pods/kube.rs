@@ -308,6 +308,11 @@ impl Kube {
         self.namespaces.clone()
     }
 
+    /// Whether the API server decides about the end of `pod`: there is one, and the pod is not a static one.
+    pub fn decides_end_of(&self, pod: &Pod) -> bool {
+        self.client.is_some() && !is_static(&pod.annotations)
+    }
+
     /// Whether `pod` is being deleted. `None` if that is unknown: there is no API server, it does not answer, or the
     /// pod is a static one, whose end the API server does not decide.
     ///
@@ -315,7 +320,7 @@ impl Kube {
     /// Then it gets this one pod from the server, once, within half a second.
     pub async fn is_deleting(&self, pod: &Pod, wait: Duration) -> Option<bool> {
         let client = self.client.as_ref()?;
-        if is_static(&pod.annotations) {
+        if !self.decides_end_of(pod) {
             return None;
         }
         let uid = &pod.name.uid;

@@ -30,6 +30,8 @@ pub(super) struct Active {
     pub(super) machine: Machine,
     /// The known facts about the pod's end.
     pub(super) end: PodEnd,
+    /// None of its holds has an answer of the API server whether the pod is being deleted.
+    pub(super) is_unanswered: bool,
     /// The grace period of the pod's deletion, if that is known.
     pub(super) deletion_grace: Option<Duration>,
     /// What was left of the grace period when the drain began, by its first hold.
@@ -62,6 +64,11 @@ impl Active {
     /// Whether it holds nothing, and is only observed.
     pub(super) fn is_observed(&self) -> bool {
         self.machine.policy().drain == DrainMode::Observe
+    }
+
+    /// Whether the pod may live on, because its waits may be for the restart of a container.
+    pub(super) fn may_live_on(&self) -> bool {
+        !self.end.is_final() && (self.end.is_not_deleted || self.is_unanswered)
     }
 
     /// Whether all its waits have left, and nothing shows that the pod ends.

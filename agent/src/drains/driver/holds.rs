@@ -31,6 +31,7 @@ impl<K: Kernel> Drains<K> {
             let active = self.active.get_mut(id);
             if let Some(active) = active.filter(|a| a.beginning().includes(&end, now)) {
                 active.end.add(end);
+                active.is_unanswered &= order.is_unanswered;
                 active.add_grace(&order);
                 active.machine.join_trace(order.traceparent.clone());
                 active.holds += 1;
@@ -39,7 +40,7 @@ impl<K: Kernel> Drains<K> {
                 if let Some(limit) = joining_limit(&order) {
                     self.step(id, Event::Limit(Deadline::of(now, limit)));
                 }
-                self.is_stopping(id);
+                self.end_changed(id);
                 self.remember(id);
                 return Joined {
                     place: self.place(id),
@@ -118,6 +119,7 @@ impl<K: Kernel> Drains<K> {
         let active = Active {
             pod: pod.clone(),
             machine,
+            is_unanswered: order.is_unanswered,
             deletion_grace: order.deletion.and_then(|deletion| deletion.grace),
             first_grace: order.grace,
             first_released: first.as_ref().and_then(|first| first.released),
@@ -150,7 +152,7 @@ impl<K: Kernel> Drains<K> {
             });
         }
         self.step(id, watched.map_or_else(Event::Untracked, |_| Event::Tick));
-        self.is_stopping(id);
+        self.end_changed(id);
         Joined {
             place: self.place(id),
             state: joined,
@@ -185,7 +187,7 @@ impl<K: Kernel> Drains<K> {
         if active.is_abandoned() && active.end.is_not_deleted {
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
-        self.is_stopping(id);
+        self.end_changed(id);
     }
 }
 

@@ -6,7 +6,7 @@ use ebb_core::{
     ids::PodUid,
     machine::{Deadline, Event},
     pod_end::PodEnd,
-    policy::{CallLimits, HoldLimit},
+    policy::{CallLimits, HoldLimit, IdleFlows},
 };
 
 use super::{Drains, Kernel, active::DrainId};
@@ -37,7 +37,7 @@ impl<K: Kernel> Drains<K> {
             return;
         }
         active.end = deleted;
-        self.is_stopping(id);
+        self.end_changed(id);
         let (Some(grace), Some(active)) = (deletion.grace, self.active.get_mut(id)) else {
             return;
         };
@@ -71,12 +71,20 @@ impl<K: Kernel> Drains<K> {
         }
     }
 
-    /// Lets the machine tell the application for as long as the pod's end is certain and held.
-    pub(super) fn is_stopping(&mut self, id: DrainId) {
-        if let Some(active) = self.active.get(id)
-            && active.machine.policy().notifies()
-        {
-            let is_stopping = active.end.is_final() && active.holds > 0;
+    /// Lets the machine tell the application for as long as the pod's end is certain and held, and close idle flows
+    /// unless the pod may live on.
+    pub(super) fn end_changed(&mut self, id: DrainId) {
+        let Some(active) = self.active.get(id) else {
+            return;
+        };
+        let policy = active.machine.policy();
+        let (notifies, closes) = (policy.notifies(), policy.idle_flows == IdleFlows::Close);
+        let is_stopping = active.end.is_final() && active.holds > 0;
+        let may_live_on = active.may_live_on();
+        if closes {
+            self.step(id, Event::MayLiveOn(may_live_on));
+        }
+        if notifies {
             self.step(id, Event::Stopping(is_stopping));
         }
     }

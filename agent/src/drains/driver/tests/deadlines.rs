@@ -113,7 +113,8 @@ async fn a_deletion_during_the_drain_of_a_restart_ends_it_and_has_a_deadline_of_
 }
 
 #[tokio::test]
-async fn a_wait_without_an_answer_of_the_api_server_belongs_to_the_deletion_that_is_reported_later() {
+async fn a_wait_without_an_answer_of_the_api_server_belongs_to_the_deletion_that_is_reported_later()
+{
     let harness = harness(vec![sample(1)]);
     let first = harness.drains.hold(order(pod("a"), policy())).await;
     let deadline = first.deadline();
@@ -136,6 +137,49 @@ async fn a_wait_without_an_answer_of_the_api_server_belongs_to_the_deletion_that
     let view = harness.until_view(|v| v.active[0].holds == 1).await;
     assert_eq!(view.active[0].deadline_cause, DeadlineCause::ShorterGrace);
     assert!(view.finished.is_empty(), "{view:?}");
+}
+
+#[tokio::test]
+async fn idle_flows_are_not_closed_before_the_api_server_has_answered_that_the_pod_ends() {
+    let idle = Sample {
+        since_sent: Duration::from_secs(60),
+        since_received: Duration::from_secs(61),
+        since_ack: Duration::from_secs(60),
+        ..sample(1)
+    };
+    for (is_unanswered, is_not_deleted) in [(false, false), (true, false), (false, true)] {
+        let harness = harness(vec![idle.clone()]);
+        let closing = Policy {
+            idle_flows: IdleFlows::Close,
+            ..policy()
+        };
+        let wait = HoldOrder {
+            is_unanswered,
+            is_not_deleted,
+            ..order(pod("a"), closing)
+        };
+        let _hold = harness.drains.hold(wait).await;
+        let closes = async |within| {
+            let asked = async {
+                while harness.asked("close") == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(within, asked).await.is_ok()
+        };
+        let may_live_on = is_unanswered || is_not_deleted;
+        let within = if may_live_on {
+            20 * QUIET
+        } else {
+            Duration::from_secs(5)
+        };
+        assert_eq!(closes(within).await, !may_live_on);
+        if is_unanswered {
+            let reported = deletion(BootTime::now(), Duration::from_secs(60));
+            harness.drains.deletion(&PodUid::new("a"), reported);
+            assert!(closes(Duration::from_secs(5)).await);
+        }
+    }
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use ebb_core::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::handle::{HoldOrder, HoldState};
+use super::handle::HoldState;
 use crate::{drains::journal::Beginning, kernel::SocketEvent, pods::Pod};
 
 /// Tells a drain from another one of the same pod.
@@ -54,13 +54,6 @@ pub(super) struct Active {
 }
 
 impl Active {
-    /// Takes in the grace period that a joining hold knows.
-    pub(super) fn add_grace(&mut self, order: &HoldOrder) {
-        let grace = order.deletion.and_then(|deletion| deletion.grace);
-        let known = self.deletion_grace;
-        self.deletion_grace = known.into_iter().chain(grace).min();
-    }
-
     /// Whether it holds nothing, and is only observed.
     pub(super) fn is_observed(&self) -> bool {
         self.machine.policy().drain == DrainMode::Observe

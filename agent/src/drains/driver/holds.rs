@@ -32,7 +32,6 @@ impl<K: Kernel> Drains<K> {
             if let Some(active) = active.filter(|a| a.beginning().includes(&end, now)) {
                 active.end.add(end);
                 active.is_unanswered &= order.is_unanswered;
-                active.add_grace(&order);
                 active.machine.join_trace(order.traceparent.clone());
                 active.holds += 1;
                 self.changed = Changed::Drains;
@@ -42,6 +41,9 @@ impl<K: Kernel> Drains<K> {
                 }
                 self.end_changed(id);
                 self.remember(id);
+                if let Some(deletion) = order.deletion {
+                    self.deletion(uid, deletion);
+                }
                 return Joined {
                     place: self.place(id),
                     state,
@@ -120,7 +122,7 @@ impl<K: Kernel> Drains<K> {
             pod: pod.clone(),
             machine,
             is_unanswered: order.is_unanswered,
-            deletion_grace: order.deletion.and_then(|deletion| deletion.grace),
+            deletion_grace: None,
             first_grace: order.grace,
             first_released: first.as_ref().and_then(|first| first.released),
             end: match first {
@@ -153,6 +155,10 @@ impl<K: Kernel> Drains<K> {
         }
         self.step(id, watched.map_or_else(Event::Untracked, |_| Event::Tick));
         self.end_changed(id);
+        if let Some(deletion) = order.deletion {
+            // A second delete came before a hold that an earlier agent began.
+            self.deletion(&order.pod.name.uid, deletion);
+        }
         Joined {
             place: self.place(id),
             state: joined,

@@ -20,6 +20,8 @@ impl<K: Kernel> Drains<K> {
     }
 
     /// The API server has reported a deletion. One with a shorter grace period than the drain knows brings its end forward.
+    ///
+    /// `deletion` may be from the first list of an agent, and then counts from the first delete.
     pub(super) fn deletion(&mut self, uid: &PodUid, deletion: Deletion) {
         let now = BootTime::now();
         let Some(id) = self.active.of_pod(uid) else {
@@ -45,8 +47,15 @@ impl<K: Kernel> Drains<K> {
         // its deletion, so a report of the same deletion that comes late is not shorter.
         let known = active.deletion_grace.or(active.first_grace);
         let is_shorter = known.is_none_or(|known| grace < known);
+        // The kubelet gives a stop no more than the grace period, so this delete came after the stop.
+        let is_second = active.deletion_grace.is_none() && active.end.is_stop;
+        let left = if is_second {
+            Some(grace)
+        } else {
+            deletion.left(now)
+        };
         active.deletion_grace = Some(grace);
-        if let Some(left) = deletion.left(now).filter(|_| is_shorter) {
+        if let Some(left) = left.filter(|_| is_shorter) {
             let limits = CallLimits {
                 grace: Some(left),
                 rpc_timeout: None,

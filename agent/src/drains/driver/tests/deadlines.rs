@@ -434,6 +434,40 @@ async fn a_deletion_that_is_reported_late_is_not_a_shorter_one() {
 }
 
 #[tokio::test]
+async fn a_second_delete_that_a_list_shows_after_a_resumed_stop_counts_from_then() {
+    // In a list, it counts from the first delete, and would be over.
+    let ago = BootTime::now().before(Duration::from_secs(30));
+    let second = deletion(ago, Duration::from_secs(12));
+    // The list comes after the stop, before it, or with another stop.
+    for (first, other) in [(None, None), (Some(second), None), (None, Some(second))] {
+        let harness = harness(vec![sample(1)]);
+        let resumed = |deletion| HoldOrder {
+            deletion,
+            ..stop("a")
+        };
+        let hold = harness.drains.hold(resumed(first)).await;
+        let _other = match (first, other) {
+            (None, None) => {
+                harness.drains.deletion(&PodUid::new("a"), second);
+                None
+            }
+            (_, None) => None,
+            (_, Some(_)) => Some(harness.drains.hold(resumed(other)).await),
+        };
+        let view = harness
+            .until_view(|v| {
+                let mut active = v.active.iter();
+                active.any(|r| r.deadline_cause == DeadlineCause::ShorterGrace)
+            })
+            .await;
+        assert!(view.finished.is_empty(), "{view:?}");
+        let left = hold.deadline().since(BootTime::now());
+        // 12 s less the reserve of 3 s.
+        assert!((7..=9).contains(&left.as_secs()), "{left:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_drain_whose_waits_have_left_cuts_nothing_at_its_deadline() {
     let harness = harness(vec![sample(1)]);
     let wait = HoldOrder {

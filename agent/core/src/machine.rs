@@ -177,7 +177,7 @@ impl Machine {
                 self.requests.dumped(now, Some(snapshot.taken_at));
                 // No flow holds, and none can arrive, unless the pod passes traffic on that ebb does not see.
                 let is_worker = snapshot.listens == Some(false)
-                    && snapshot.holding().next().is_none()
+                    && !snapshot.holding().any(Flow::holds)
                     && self.hidden.is_none();
                 agrees = self.take_in(snapshot, now).then_some(ReleasedBy::Dump);
                 has_read = true;

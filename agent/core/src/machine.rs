@@ -444,8 +444,9 @@ impl Machine {
         if std::mem::replace(&mut self.ports_known, true) {
             return;
         }
-        if let Some(warning) = self.policy.fit_ports(used) {
-            self.subject.warnings.push(warning);
+        let warnings = self.policy.fit_ports(used);
+        if !warnings.is_empty() {
+            self.subject.warnings.extend(warnings);
             self.revision += 1;
         }
     }

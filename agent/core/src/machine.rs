@@ -177,7 +177,7 @@ impl Machine {
                 self.requests.dumped(now, Some(snapshot.taken_at));
                 // No flow holds, and none can arrive, unless the pod passes traffic on that ebb does not see.
                 let is_worker = snapshot.listens == Some(false)
-                    && snapshot.holding().next().is_none()
+                    && !snapshot.holding().any(Flow::holds)
                     && self.hidden.is_none();
                 agrees = self.take_in(snapshot, now).then_some(ReleasedBy::Dump);
                 has_read = true;
@@ -204,6 +204,13 @@ impl Machine {
                 self.revision += 1;
             }
             Event::Stopping(is_stopping) => self.notifying.is_stopping = is_stopping,
+            Event::MayLiveOn(may_live_on) => {
+                let before = std::mem::replace(&mut self.idleness.may_live_on, may_live_on);
+                // The flows of the last snapshot may be idle by now.
+                if before && self.idleness.closes() {
+                    self.requests.want(DumpReason::Idle);
+                }
+            }
             Event::Notified(outcome) => {
                 self.notifying.ended(outcome);
                 self.revision += 1;
@@ -437,8 +444,9 @@ impl Machine {
         if std::mem::replace(&mut self.ports_known, true) {
             return;
         }
-        if let Some(warning) = self.policy.fit_ports(used) {
-            self.subject.warnings.push(warning);
+        let warnings = self.policy.fit_ports(used);
+        if !warnings.is_empty() {
+            self.subject.warnings.extend(warnings);
             self.revision += 1;
         }
     }

@@ -13,7 +13,8 @@ use crate::{
     ids::{ContainerId, SandboxId},
 };
 
-/// How far the API server's report of a deletion may be behind the first hold that the deletion led to.
+/// How far the API server's report of a deletion may be behind the first hold that the deletion led to, if the API
+/// server said at that hold that the pod is not being deleted.
 const REPORTED_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is known of a pod's end when a hold is ordered.
@@ -28,6 +29,10 @@ pub struct PodEnd {
     pub is_stop: bool,
     /// When the API server reported the pod's deletion, if it did.
     pub deleted: Option<BootTime>,
+    /// The API server said that the pod is not being deleted: a wait was for the restart of a container, or by hand.
+    /// False also if the API server did not answer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_not_deleted: bool,
 }
 
 impl PodEnd {
@@ -44,8 +49,11 @@ impl PodEnd {
             // A pod is deleted once.
             (Some(_), _) => true,
             // A drain that began before the deletion was for the restart of a container.
-            (None, Some(deleted)) => started + REPORTED_WITHIN >= deleted && same_sandbox,
-            (None, None) => {
+            (None, Some(deleted)) if self.is_not_deleted => {
+                started + REPORTED_WITHIN >= deleted && same_sandbox
+            }
+            // Without an answer, the drain may have begun with the deletion, and the report may come much later.
+            (None, _) => {
                 let is_unknown = self.containers.is_empty();
                 let none_started = is_unknown || later.containers.iter().all(known);
                 is_recent && same_sandbox && none_started
@@ -57,6 +65,7 @@ impl PodEnd {
     pub fn add(&mut self, other: Self) {
         self.is_stop |= other.is_stop;
         self.deleted = self.deleted.or(other.deleted);
+        self.is_not_deleted |= other.is_not_deleted;
         for id in other.containers {
             if !self.containers.contains(&id) {
                 self.containers.push(id);
@@ -93,6 +102,14 @@ mod tests {
         }
     }
 
+    /// The API server says that the pod is not being deleted.
+    fn restart(end: PodEnd) -> PodEnd {
+        PodEnd {
+            is_not_deleted: true,
+            ..end
+        }
+    }
+
     fn deleted(end: PodEnd, seconds: u64) -> PodEnd {
         PodEnd {
             deleted: Some(at(seconds)),
@@ -106,8 +123,19 @@ mod tests {
         assert!(first.includes(&deleted(stop("s", &["a"]), 0), at(0), false));
         // Another agent has no answer of the API server.
         assert!(first.includes(&stop("s", &["a"]), at(0), false));
-        // The report came just after the first hold.
-        assert!(end("s", &["a"]).includes(&deleted(stop("s", &["a"]), 1), at(0), false));
+    }
+
+    #[test]
+    fn a_wait_that_the_api_server_did_not_answer_is_part_of_a_deletion_that_is_reported_later() {
+        let mut wait = end("s", &["a"]);
+        assert!(wait.includes(&deleted(stop("s", &["a"]), 30), at(0), true));
+        // A container was started since: the wait was for a restart.
+        assert!(!wait.includes(&deleted(stop("s", &["a2"]), 30), at(0), true));
+        assert!(!wait.includes(&deleted(stop("s2", &["a"]), 30), at(0), true));
+        assert!(!wait.includes(&deleted(stop("s", &["a"]), 30), at(0), false));
+        // The API server has answered in the meantime.
+        wait.add(restart(end("s", &["a"])));
+        assert!(!wait.includes(&deleted(stop("s", &["a"]), 30), at(0), true));
     }
 
     #[test]
@@ -120,7 +148,9 @@ mod tests {
 
     #[test]
     fn a_wait_for_a_restart_is_no_part_of_a_deletion_that_comes_later() {
-        let restart = end("s", &["a"]);
+        let restart = restart(end("s", &["a"]));
+        // The report came just after the wait.
+        assert!(restart.includes(&deleted(stop("s", &["a"]), 1), at(0), false));
         assert!(!restart.includes(&deleted(stop("s", &["a"]), 30), at(0), true));
         assert!(!restart.includes(&deleted(stop("s2", &["a2"]), 0), at(0), true));
         // A wait by hand on a healthy pod, long before its end.

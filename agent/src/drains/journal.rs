@@ -240,6 +240,7 @@ mod tests {
             containers: vec![],
             is_stop: false,
             deleted: None,
+            is_not_deleted: false,
         },
         notified: Notified::NOTHING,
     };
@@ -289,6 +290,18 @@ mod tests {
             .permissions()
             .mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_entry_of_an_older_agent_is_read() {
+        let (_dir, journal) = journal();
+        let path = journal.dir.join("a.json");
+        let boot = &journal.boot_id;
+        let text = format!(
+            r#"{{"boot_id":"{boot}","started":5,"deadline":9,"deadline_cause":"grace","end":{{"sandbox":null,"containers":[],"is_stop":false,"deleted":null}}}}"#
+        );
+        fs::write(path, text).expect("written");
+        assert_eq!(journal.load(NOW).expect("loaded")[&uid("a")], BEGINNING);
     }
 
     #[test]

@@ -16,10 +16,18 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::spawn_blocking,
+    time::{Instant, timeout},
+};
 
 /// How long an answer may take in all.
 const ANSWER_WITHIN: Duration = Duration::from_millis(300);
+
+/// For how long a shutdown is taken to be under way after logind has said so. The kubelet stops all pods of a priority
+/// group at once.
+const SHUTDOWN_AGE: Duration = Duration::from_secs(2);
 
 /// The longest message that is read: those expected have less than 200 bytes.
 const LONGEST: usize = 64 * 1024;
@@ -28,13 +36,38 @@ const METHOD_CALL: u8 = 1;
 const METHOD_RETURN: u8 = 2;
 const ERROR: u8 = 3;
 
-/// Asks logind whether the node is shutting down.
+/// Asks logind whether the node is shutting down. Callers share the queries.
 #[derive(Clone, Debug)]
 pub(crate) struct NodeShutdown {
     /// The socket of the system bus; `None`: the node has none.
     socket: Option<PathBuf>,
-    /// A bus that hangs costs one thread.
+    /// One query at a time: a bus that hangs costs one thread.
     turn: Arc<Semaphore>,
+    /// The answer to the last query.
+    answer: watch::Sender<Option<Answer>>,
+}
+
+/// logind's answer to one query.
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    /// When the query began.
+    began: Instant,
+    /// False also if the query failed.
+    is_under_way: bool,
+}
+
+impl Answer {
+    /// What it says to a caller that came at `called`. `None`: the caller needs another query.
+    ///
+    /// A shutdown that has begun goes on. That none was under way says nothing about later moments: logind sets the
+    /// property just before the kubelet stops the pods.
+    fn for_call(self, called: Instant) -> Option<bool> {
+        let is_valid = match self.is_under_way {
+            true => called <= self.began + SHUTDOWN_AGE,
+            false => called <= self.began,
+        };
+        is_valid.then_some(self.is_under_way)
+    }
 }
 
 impl NodeShutdown {
@@ -42,29 +75,56 @@ impl NodeShutdown {
         Self {
             socket,
             turn: Arc::new(Semaphore::new(1)),
+            answer: watch::Sender::default(),
         }
     }
 
     /// Whether the node is shutting down. False if that is not known.
     pub(crate) async fn is_under_way(&self) -> bool {
-        let Some(socket) = self.socket.clone() else {
+        let Some(socket) = &self.socket else {
             return false;
         };
-        let Ok(turn) = timeout(ANSWER_WITHIN, Arc::clone(&self.turn).acquire_owned()).await else {
-            return false;
-        };
-        let asked = spawn_blocking(move || {
-            let _turn = turn;
-            preparing_for_shutdown(&socket)
-        });
-        match timeout(ANSWER_WITHIN, asked).await {
-            Ok(Ok(Ok(answer))) => answer,
-            Ok(Ok(Err(e))) => {
+        let answer = timeout(ANSWER_WITHIN, self.answer_for(socket, Instant::now())).await;
+        answer.unwrap_or(false)
+    }
+
+    /// The first answer that is valid for a caller that came at `called`.
+    async fn answer_for(&self, socket: &Path, called: Instant) -> bool {
+        let mut answers = self.answer.subscribe();
+        loop {
+            let answer = *answers.borrow_and_update();
+            if let Some(is_under_way) = answer.and_then(|answer| answer.for_call(called)) {
+                return is_under_way;
+            }
+            tokio::select! {
+                // An answer comes before the end of its turn.
+                biased;
+                _ = answers.changed() => {}
+                Ok(turn) = Arc::clone(&self.turn).acquire_owned() => {
+                    // The answer may have come just before the turn.
+                    if !answers.has_changed().unwrap_or(false) {
+                        self.ask(socket.to_owned(), turn);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts a query, which goes on if its callers have left.
+    fn ask(&self, socket: PathBuf, turn: OwnedSemaphorePermit) {
+        let answer = self.answer.clone();
+        let began = Instant::now();
+        spawn_blocking(move || {
+            let is_under_way = preparing_for_shutdown(&socket).unwrap_or_else(|e| {
                 tracing::debug!("can't ask logind whether the node is shutting down: {e}");
                 false
-            }
-            Ok(Err(_)) | Err(_) => false,
-        }
+            });
+            answer.send_replace(Some(Answer {
+                began,
+                is_under_way,
+            }));
+            drop(turn);
+        });
     }
 }
 
@@ -212,6 +272,8 @@ fn invalid(what: &str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     #[test]
@@ -237,6 +299,92 @@ mod tests {
         let _silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert!(!none.is_under_way().await);
         assert!(!none.is_under_way().await, "the next one asks again");
+    }
+
+    /// A bus that answers one connection after the other, each after `delay`, with what `is_under_way` says when the
+    /// query arrives. Returns the number of queries.
+    fn bus(
+        socket: &Path,
+        delay: Duration,
+        is_under_way: impl Fn(usize) -> bool + Send + 'static,
+    ) -> Arc<AtomicUsize> {
+        let listener = std::os::unix::net::UnixListener::bind(socket).unwrap();
+        let queries = Arc::<AtomicUsize>::default();
+        let counted = Arc::clone(&queries);
+        let serve = move |mut client: UnixStream| -> io::Result<()> {
+            let _credentials = client.read(&mut [0; 256])?;
+            client.write_all(b"OK 0123\r\n")?;
+            let _calls = client.read(&mut [0; 1024])?;
+            let value = is_under_way(counted.fetch_add(1, Ordering::Relaxed));
+            std::thread::sleep(delay);
+            let reply = |body: &[u8]| {
+                let mut message = vec![b'l', METHOD_RETURN, 0, 1];
+                for number in [body.len() as u32, 1, 0] {
+                    message.extend(number.to_le_bytes());
+                }
+                message.extend(body);
+                message
+            };
+            client.write_all(&reply(&[]))?;
+            client.write_all(&reply(&[1, b'b', 0, 0, value.into(), 0, 0, 0]))
+        };
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let _ = serve(client.unwrap());
+            }
+        });
+        queries
+    }
+
+    #[tokio::test]
+    async fn a_hundred_stops_at_once_learn_of_a_shutdown_from_a_slow_bus() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("bus");
+        let queries = bus(&socket, Duration::from_millis(20), |_| true);
+        let shutdown = NodeShutdown::new(Some(socket));
+        let began = Instant::now();
+        let stops = (0..100).map(|_| {
+            let shutdown = shutdown.clone();
+            tokio::spawn(async move { shutdown.is_under_way().await })
+        });
+        let answers = futures_util::future::join_all(stops).await;
+        assert!(answers.into_iter().all(|answer| answer.unwrap()));
+        assert!(began.elapsed() < ANSWER_WITHIN, "{:?}", began.elapsed());
+        assert!(shutdown.is_under_way().await);
+        assert_eq!(queries.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_query_that_began_before_a_stop_does_not_deny_it_a_shutdown() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("bus");
+        // The shutdown begins after the first query.
+        let queries = bus(&socket, Duration::from_millis(50), |query| query > 0);
+        let shutdown = NodeShutdown::new(Some(socket));
+        let early = shutdown.clone();
+        let early = tokio::spawn(async move { early.is_under_way().await });
+        while queries.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(shutdown.is_under_way().await);
+        assert!(!early.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_answer_takes_no_longer_than_its_time_while_another_query_hangs() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("bus");
+        let _silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let shutdown = NodeShutdown::new(Some(socket));
+        let hanging = shutdown.clone();
+        let hanging = tokio::spawn(async move { hanging.is_under_way().await });
+        tokio::time::sleep(ANSWER_WITHIN / 2).await;
+        let began = Instant::now();
+        assert!(!shutdown.is_under_way().await);
+        let took = began.elapsed();
+        // The rest is slack for a slow machine.
+        assert!(took < ANSWER_WITHIN * 5 / 4, "{took:?}");
+        assert!(!hanging.await.unwrap());
     }
 
     #[test]

@@ -103,8 +103,8 @@ pub struct Deletion {
     /// `metadata.deletionGracePeriodSeconds`. A later delete may shorten it.
     pub grace: Option<Duration>,
     /// When the watch first reported this grace period, which is when it began or somewhat later. For a pod that was
-    /// already being deleted when it was listed, when it began by the API server's clock: the agent may have started
-    /// since.
+    /// already being deleted when it was first listed, when its first deletion began by the API server's clock: the agent
+    /// may have started since.
     pub seen: BootTime,
 }
 
@@ -149,17 +149,22 @@ impl KubePods {
     /// Keeps a known deletion that `update` does not have. A deletion is never undone, and its grace period never
     /// grows (`BeforeDelete` in `staging/src/k8s.io/apiserver/pkg/registry/rest/delete.go`), so such an update is
     /// old. A list from the cache of another API server may be old.
-    fn keep_deletion(&self, update: &mut KubePod) {
+    ///
+    /// A shorter grace period is that of a later delete, which is taken to be at `now`: the deletionTimestamp of a list
+    /// still counts from the first delete.
+    fn keep_deletion(&self, update: &mut KubePod, now: BootTime) {
         let Some(known) = self.pods.get(&update.uid).and_then(|p| p.deletion) else {
             return;
         };
-        let shorter = update
+        let newer = update
             .deletion
-            .filter(|new| match (known.grace, new.grace) {
-                (Some(known), Some(new)) => new < known,
-                (known, new) => known.is_none() && new.is_some(),
+            .and_then(|new| match (known.grace, new.grace) {
+                (Some(known), Some(grace)) => {
+                    (grace < known).then_some(Deletion { seen: now, ..new })
+                }
+                (known, grace) => (known.is_none() && grace.is_some()).then_some(new),
             });
-        update.deletion = Some(shorter.unwrap_or(known));
+        update.deletion = Some(newer.unwrap_or(known));
     }
 }
 
@@ -308,6 +313,11 @@ impl Kube {
         self.namespaces.clone()
     }
 
+    /// Whether the API server decides about the end of `pod`: there is one, and the pod is not a static one.
+    pub fn decides_end_of(&self, pod: &Pod) -> bool {
+        self.client.is_some() && !is_static(&pod.annotations)
+    }
+
     /// Whether `pod` is being deleted. `None` if that is unknown: there is no API server, it does not answer, or the
     /// pod is a static one, whose end the API server does not decide.
     ///
@@ -315,7 +325,7 @@ impl Kube {
     /// Then it gets this one pod from the server, once, within half a second.
     pub async fn is_deleting(&self, pod: &Pod, wait: Duration) -> Option<bool> {
         let client = self.client.as_ref()?;
-        if is_static(&pod.annotations) {
+        if !self.decides_end_of(pod) {
             return None;
         }
         let uid = &pod.name.uid;
@@ -447,7 +457,9 @@ async fn follow(
             Event::InitDone => {
                 let mut pods = std::mem::take(&mut listing);
                 let known = sender.borrow().clone();
-                pods.values_mut().for_each(|pod| known.keep_deletion(pod));
+                let now = BootTime::now();
+                pods.values_mut()
+                    .for_each(|pod| known.keep_deletion(pod, now));
                 sender.send_replace(Arc::new(KubePods { synced: true, pods }));
                 changes.notify();
             }
@@ -456,7 +468,7 @@ async fn follow(
                     continue;
                 };
                 let changed = sender.send_if_modified(|all| {
-                    all.keep_deletion(&mut pod);
+                    all.keep_deletion(&mut pod, BootTime::now());
                     // Status updates, which are most events, change nothing that is kept.
                     let changed = all.pods.get(&pod.uid) != Some(&pod);
                     if changed {
@@ -504,8 +516,8 @@ fn trouble(error: &watcher::Error) -> String {
     format!("API server unreachable: {}", one_line(error))
 }
 
-/// How long ago a pod was deleted, by the API server's clock: a deletionTimestamp is the end of the grace period
-/// (`BeforeDelete`). Zero if the pod is not being deleted, or if that clock is ahead.
+/// How long ago a pod was first deleted, by the API server's clock: a deletionTimestamp is the moment of the first delete
+/// and the grace period of the last one (`BeforeDelete`). Zero if the pod is not being deleted, or if that clock is ahead.
 fn since_deletion(meta: &PodMeta, now: SystemTime) -> Duration {
     let meta = &meta.metadata;
     let grace = meta.deletion_grace_period_seconds.unwrap_or_default();

@@ -282,6 +282,7 @@ impl Holds {
             is_listed: true,
             is_stop: true,
             is_not_deleted: false,
+            is_unanswered: false,
             traceparent: request.traceparent.clone(),
             pod: Arc::clone(&pod),
             policy: policy.clone(),

@@ -11,7 +11,7 @@ use ebb_core::{
     clock::BootTime,
     drain_report::{Phase, Report},
     ids::PodUid,
-    policy::{DrainMode, IdleFlows, Until},
+    policy::{DrainMode, Until},
 };
 use ebb_protocol::views::{Problem, SCHEMA, WaitOutcome, WaitReply};
 use serde::Deserialize;
@@ -44,6 +44,25 @@ const REFRESH_WITHIN: Duration = Duration::from_secs(2);
 /// How old the list of a wait's containers may be. Any pod can send requests as often as it likes, and they share the
 /// lists.
 const LIST_AGE: Duration = Duration::from_millis(100);
+
+/// The first pause before the API server is asked again whether the pod is being deleted, if it has not answered. Each
+/// further one is twice as long, up to the longest.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(2);
+const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(30);
+
+/// Whether a pod is being deleted, as far as a wait knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeletionAnswer {
+    /// The API server says so.
+    Deleted,
+    /// The API server says that it is not.
+    NotDeleted,
+    /// The API server does not answer.
+    Unanswered,
+    /// Nothing is to be learned from the API server: there is none, the pod is a static one, or the node is shutting
+    /// down, which deletes no pod.
+    Undecided,
+}
 
 /// The format of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,24 +192,19 @@ impl Waits {
 
     async fn wait(&self, pod: Arc<Pod>, query: WaitQuery) -> WaitReply {
         // The kubelet runs the hook after the API server has the deletion, or for the restart of a container.
-        let ((pod, is_listed), deleting) =
-            tokio::join!(self.listed_now(Arc::clone(&pod)), self.is_deleting(&pod));
-        let is_restart = deleting == Some(false);
+        let ((pod, is_listed), answer) =
+            tokio::join!(self.listed_now(Arc::clone(&pod)), self.ask_deletion(&pod));
+        let may_be_restart = matches!(
+            answer,
+            DeletionAnswer::NotDeleted | DeletionAnswer::Unanswered
+        );
         let policies = self.flows.policies();
-        let (mut policy, warnings) = policies.policy_and_warnings(&pod);
-        if is_restart {
-            // The pod and its clients stay.
-            policy.idle_flows = IdleFlows::Keep;
-        }
+        let (policy, warnings) = policies.policy_and_warnings(&pod);
         let quiet = policy.quiet;
         let is_observed = policy.drain == DrainMode::Observe;
-        // The watch may be behind the answer to a request. It shows the grace period later.
-        let reported = || Deletion {
-            grace: None,
-            seen: BootTime::now(),
-        };
         let deletion = policies.deletion(&pod.name.uid);
-        let deletion = deletion.or_else(|| (deleting == Some(true)).then(reported));
+        let is_deleted = answer == DeletionAnswer::Deleted;
+        let deletion = deletion.or_else(|| is_deleted.then(without_grace));
         let left = deletion.and_then(|d| d.left(BootTime::now()));
         let hold = self
             .drains
@@ -204,7 +218,8 @@ impl Waits {
                 deletion,
                 is_listed,
                 is_stop: false,
-                is_not_deleted: is_restart,
+                is_not_deleted: answer == DeletionAnswer::NotDeleted,
+                is_unanswered: answer == DeletionAnswer::Unanswered,
                 traceparent: None,
             })
             .await;
@@ -214,7 +229,7 @@ impl Waits {
             () = elapsed(query.timeout) => WaitOutcome::Timeout,
             () = self.reached(&pod, query.until) => WaitOutcome::Reached,
             // It never returns.
-            () = self.end_if_not_deleted(&pod, quiet), if is_restart => WaitOutcome::Released,
+            () = self.end_if_not_deleted(&pod, quiet), if may_be_restart => WaitOutcome::Released,
         };
         let active = match outcome {
             WaitOutcome::Released => None,
@@ -249,18 +264,38 @@ impl Waits {
         }
     }
 
-    /// Whether the pod is being deleted. `None` if that is unknown, or if the node is shutting down, which deletes no pod.
-    async fn is_deleting(&self, pod: &Pod) -> Option<bool> {
+    async fn ask_deletion(&self, pod: &Pod) -> DeletionAnswer {
         let kube = self.flows.policies().kube();
-        let deleting = kube.is_deleting(pod, LONGEST_WAIT).await?;
-        (deleting || !self.shutdown.is_under_way().await).then_some(deleting)
+        match kube.is_deleting(pod, LONGEST_WAIT).await {
+            Some(true) => DeletionAnswer::Deleted,
+            _ if !kube.decides_end_of(pod) || self.shutdown.is_under_way().await => {
+                DeletionAnswer::Undecided
+            }
+            Some(false) => DeletionAnswer::NotDeleted,
+            None => DeletionAnswer::Unanswered,
+        }
     }
 
-    /// Ends the pod's drain after `quiet` if the pod is not being deleted by then. Never returns.
+    /// Ends the pod's drain after `quiet` if the pod is not being deleted by then. Without an answer, it asks again.
+    /// Never returns.
     async fn end_if_not_deleted(&self, pod: &Pod, quiet: Duration) {
         tokio::time::sleep(quiet).await;
-        if self.is_deleting(pod).await == Some(false) {
-            self.drains.not_terminating(&pod.name.uid);
+        let mut pause = ASK_AGAIN_AFTER;
+        loop {
+            match self.ask_deletion(pod).await {
+                DeletionAnswer::Unanswered => {}
+                DeletionAnswer::NotDeleted => {
+                    self.drains.not_terminating(&pod.name.uid);
+                    break;
+                }
+                DeletionAnswer::Deleted => {
+                    self.drains.deletion(&pod.name.uid, without_grace());
+                    break;
+                }
+                DeletionAnswer::Undecided => break,
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(ASK_AGAIN_AT_MOST);
         }
         std::future::pending().await
     }
@@ -310,6 +345,15 @@ impl Waits {
         let view = self.drains.view().borrow().clone();
         let mut drains = view.under_way(BootTime::now());
         drains.find(|r| r.pod.uid == *pod).map(Arc::new)
+    }
+}
+
+/// A deletion that the API server has just told in answer to a request. The watch may be behind, and shows the grace
+/// period later.
+fn without_grace() -> Deletion {
+    Deletion {
+        grace: None,
+        seen: BootTime::now(),
     }
 }
 

@@ -29,6 +29,7 @@ fn kustomization(path: &str) -> Kustomization {
 fn each_kustomization_lists_the_files_beside_it_and_no_other() {
     for (directory, kind) in [
         ("deploy", "Kustomization"),
+        ("deploy/components/no-stop-signal", "Component"),
         ("deploy/components/privileged", "Component"),
         ("deploy/components/monitoring", "Component"),
     ] {
@@ -76,6 +77,22 @@ fn the_commented_options_of_the_kustomization_exist_and_are_valid() {
     assert_eq!(named.split(':').next(), Some(image.name.as_str()));
     assert_eq!(image.new_tag, env!("CARGO_PKG_VERSION"));
     assert!(!image.new_name.is_empty());
+}
+
+#[test]
+fn the_component_without_stop_signals_takes_one_capability() {
+    let added = |components: &[String]| {
+        let documents = rendered(components);
+        let mut found = documents.iter().filter(|d| d["kind"] == "DaemonSet");
+        let agent = &found.next().unwrap()["spec"]["template"]["spec"]["containers"][0];
+        let added = agent["securityContext"]["capabilities"]["add"].as_array();
+        added.unwrap().clone()
+    };
+    let mut all = added(&[]);
+    all.retain(|capability| capability != "KILL");
+    let without = added(&["components/no-stop-signal".into()]);
+    assert_eq!(without, all);
+    assert_eq!(without.len() + 1, added(&[]).len());
 }
 
 /// The documents that kustomize builds with these components, patched.

@@ -404,6 +404,7 @@ pub(crate) fn order(n: usize, scope: &Scope) -> HoldOrder {
         deletion: None,
         is_stop: true,
         is_not_deleted: false,
+        is_unanswered: false,
         traceparent: None,
         is_listed: true,
     }

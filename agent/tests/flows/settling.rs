@@ -71,6 +71,7 @@ fn settle(scope: Scope) -> Result<Arc<Report>> {
         deletion: None,
         is_stop: true,
         is_not_deleted: false,
+        is_unanswered: false,
         traceparent: None,
         is_listed: true,
     };

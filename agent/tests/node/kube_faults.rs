@@ -1,6 +1,7 @@
 //! With an API server (a stand-in) that is down, lags or repeats itself: what the agent holds and requests.
 
 use anyhow::{Result, ensure};
+use ebb_core::drain_report::ReleaseReason;
 use ebb_testkit::{
     api_server::{AnswerMode, ApiServer, ApiVerb, Away, Faults},
     kubelet::PodSpec,
@@ -9,10 +10,11 @@ use libtest_mimic::Trial;
 use tokio::time::sleep;
 
 use crate::{
-    agent::NODE_NAME,
+    agent::{NODE_NAME, timed},
     kube::Cluster,
     peer::Peer,
-    scene::{SECOND, Scene, eventually, free_port, server, trial},
+    scene::{NODE_V4, SECOND, Scene, eventually, free_port, server, trial},
+    track::dial,
 };
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -28,6 +30,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial(
             "after_resets_and_an_expired_resource_version_the_agent_lists_once_more",
             forgotten,
+        ),
+        trial(
+            "a_wait_for_a_restart_ends_and_closes_nothing_although_the_api_server_answers_late",
+            waits_for_a_restart,
         ),
         trial(
             "watch_events_that_are_repeated_outdated_or_cut_off_change_nothing",
@@ -202,5 +208,42 @@ async fn muddled(scene: Scene) -> Result<()> {
     c.is_held(&torn, of_torn, "deleting").await?;
     c.is_held(&pod, peer, "deleting").await?;
     ensure!(c.api.count(ApiVerb::Get) == 0, "{:?}", c.api.requests());
+    Ok(())
+}
+
+async fn waits_for_a_restart(scene: Scene) -> Result<()> {
+    let c = Cluster::start(scene, &["--idle-flows", "close", "--idle-after", "100ms"]).await?;
+    let url = format!("http://{NODE_V4}:{}/v1/wait", c.agent.port);
+    let pod = c.serve("unanswered").await?;
+    let mut idle = Peer::served(pod.v4(8080)?).await?;
+    c.api.misbehave(Faults {
+        gets: AnswerMode::Never,
+        ..Faults::default()
+    });
+    let before = c.api.count(ApiVerb::Get);
+    let wait = dial(&c.scene.kubelet()?, &pod.containers[0], url);
+    eventually("the agent has asked twice", async || {
+        Ok((c.api.count(ApiVerb::Get) >= before + 2).then_some(()))
+    })
+    .await?;
+    sleep(SECOND).await;
+    ensure!(c.api.count(ApiVerb::Get) == before + 2, "no pause");
+    let report = c.agent.drain("unanswered").await?;
+    ensure!(report.idle_closed == 0 && !wait.is_finished(), "{report:?}");
+    c.api.misbehave(Faults::default());
+    let (out, took) = timed(wait).await;
+    ensure!(out??.status == 0);
+    ensure!(took < 10 * SECOND, "{took:?}");
+    let report = c.agent.drain("unanswered").await?;
+    ensure!(
+        report.reason == Some(ReleaseReason::NotTerminating),
+        "{report:?}"
+    );
+    ensure!(
+        report.idle_closed == 0 && report.cut_total == Some(0),
+        "{report:?}"
+    );
+    idle.ask("/").await?;
+    idle.answer("ok\n").await?;
     Ok(())
 }

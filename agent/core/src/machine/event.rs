@@ -53,6 +53,8 @@ pub enum Event {
     IdleClosed(Vec<SocketCookie>),
     /// Whether the pod is known to end and its stop is held: then the machine may send notifications.
     Stopping(bool),
+    /// Whether the pod may live on: then the machine closes no idle flow, whatever the policy says.
+    MayLiveOn(bool),
     /// The notification that was to be sent was sent, or failed.
     Notified(NotificationOutcome),
     /// Events were lost.

@@ -20,6 +20,8 @@ const IDLE_STUCK: Duration = Duration::from_secs(1);
 pub(super) struct Idleness {
     until: Until,
     idle_flows: IdleFlows,
+    /// The pod may live on, so its idle flows stay open.
+    pub(super) may_live_on: bool,
     idle_after: Duration,
     peer_timeout: Duration,
 }
@@ -29,6 +31,7 @@ impl Idleness {
         Self {
             until: policy.until,
             idle_flows: policy.idle_flows,
+            may_live_on: false,
             idle_after: policy.idle_after,
             peer_timeout: policy.peer_timeout,
         }
@@ -36,7 +39,7 @@ impl Idleness {
 
     /// Whether idle flows are closed.
     pub(super) fn closes(self) -> bool {
-        self.idle_flows == IdleFlows::Close
+        self.idle_flows == IdleFlows::Close && !self.may_live_on
     }
 
     /// Whether a flow that becomes idle brings the release nearer.

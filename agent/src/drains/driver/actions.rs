@@ -96,7 +96,7 @@ impl<K: Kernel> Drains<K> {
         self.step(drain, event);
     }
 
-    /// The first dump has shown the ports that the pod uses: reports an error in the policy's ports.
+    /// The first dump has shown the ports that the pod uses: reports errors in the policy's ports.
     pub(super) fn ports_in_use(&mut self, drain: DrainId, used: PortsInUse) {
         let warnings = |drains: &ActiveDrains| {
             let active = drains.get(drain)?;

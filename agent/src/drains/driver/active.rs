@@ -17,7 +17,7 @@ use ebb_core::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::handle::{HoldOrder, HoldState};
+use super::handle::HoldState;
 use crate::{drains::journal::Beginning, kernel::SocketEvent, pods::Pod};
 
 /// Tells a drain from another one of the same pod.
@@ -30,8 +30,8 @@ pub(super) struct Active {
     pub(super) machine: Machine,
     /// The known facts about the pod's end.
     pub(super) end: PodEnd,
-    /// The API server said that the pod is not being deleted.
-    pub(super) is_not_deleted: bool,
+    /// None of its holds has an answer of the API server whether the pod is being deleted.
+    pub(super) is_unanswered: bool,
     /// The grace period of the pod's deletion, if that is known.
     pub(super) deletion_grace: Option<Duration>,
     /// What was left of the grace period when the drain began, by its first hold.
@@ -54,16 +54,14 @@ pub(super) struct Active {
 }
 
 impl Active {
-    /// Takes in the grace period that a joining hold knows.
-    pub(super) fn add_grace(&mut self, order: &HoldOrder) {
-        let grace = order.deletion.and_then(|deletion| deletion.grace);
-        let known = self.deletion_grace;
-        self.deletion_grace = known.into_iter().chain(grace).min();
-    }
-
     /// Whether it holds nothing, and is only observed.
     pub(super) fn is_observed(&self) -> bool {
         self.machine.policy().drain == DrainMode::Observe
+    }
+
+    /// Whether the pod may live on, because its waits may be for the restart of a container.
+    pub(super) fn may_live_on(&self) -> bool {
+        !self.end.is_final() && (self.end.is_not_deleted || self.is_unanswered)
     }
 
     /// Whether all its waits have left, and nothing shows that the pod ends.

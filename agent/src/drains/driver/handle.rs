@@ -43,6 +43,8 @@ pub struct HoldOrder {
     /// The API server says that the pod is not being deleted: if this is a wait, it is for the restart of a container,
     /// or an operator's.
     pub is_not_deleted: bool,
+    /// The API server has not answered whether the pod is being deleted: it may live on.
+    pub is_unanswered: bool,
     /// The trace that the call belongs to (`traceparent` of W3C Trace Context).
     pub traceparent: Option<String>,
 }
@@ -65,6 +67,7 @@ impl HoldOrder {
             containers: running.map(|c| c.id.clone()).collect(),
             is_stop: self.is_stop,
             deleted: self.deletion.map(|deletion| deletion.seen),
+            is_not_deleted: self.is_not_deleted,
         }
     }
 

@@ -31,7 +31,7 @@ impl<K: Kernel> Drains<K> {
             let active = self.active.get_mut(id);
             if let Some(active) = active.filter(|a| a.beginning().includes(&end, now)) {
                 active.end.add(end);
-                active.add_grace(&order);
+                active.is_unanswered &= order.is_unanswered;
                 active.machine.join_trace(order.traceparent.clone());
                 active.holds += 1;
                 self.changed = Changed::Drains;
@@ -39,8 +39,11 @@ impl<K: Kernel> Drains<K> {
                 if let Some(limit) = joining_limit(&order) {
                     self.step(id, Event::Limit(Deadline::of(now, limit)));
                 }
-                self.is_stopping(id);
+                self.end_changed(id);
                 self.remember(id);
+                if let Some(deletion) = order.deletion {
+                    self.deletion(uid, deletion);
+                }
                 return Joined {
                     place: self.place(id),
                     state,
@@ -118,8 +121,8 @@ impl<K: Kernel> Drains<K> {
         let active = Active {
             pod: pod.clone(),
             machine,
-            is_not_deleted: order.is_not_deleted,
-            deletion_grace: order.deletion.and_then(|deletion| deletion.grace),
+            is_unanswered: order.is_unanswered,
+            deletion_grace: None,
             first_grace: order.grace,
             first_released: first.as_ref().and_then(|first| first.released),
             end: match first {
@@ -151,7 +154,11 @@ impl<K: Kernel> Drains<K> {
             });
         }
         self.step(id, watched.map_or_else(Event::Untracked, |_| Event::Tick));
-        self.is_stopping(id);
+        self.end_changed(id);
+        if let Some(deletion) = order.deletion {
+            // A second delete came before a hold that an earlier agent began.
+            self.deletion(&order.pod.name.uid, deletion);
+        }
         Joined {
             place: self.place(id),
             state: joined,
@@ -183,10 +190,10 @@ impl<K: Kernel> Drains<K> {
         };
         active.holds = active.holds.saturating_sub(1);
         self.changed = Changed::Drains;
-        if active.is_abandoned() && active.is_not_deleted {
+        if active.is_abandoned() && active.end.is_not_deleted {
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
-        self.is_stopping(id);
+        self.end_changed(id);
     }
 }
 

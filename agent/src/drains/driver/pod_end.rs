@@ -6,7 +6,7 @@ use ebb_core::{
     ids::PodUid,
     machine::{Deadline, Event},
     pod_end::PodEnd,
-    policy::{CallLimits, HoldLimit},
+    policy::{CallLimits, HoldLimit, IdleFlows},
 };
 
 use super::{Drains, Kernel, active::DrainId};
@@ -20,6 +20,8 @@ impl<K: Kernel> Drains<K> {
     }
 
     /// The API server has reported a deletion. One with a shorter grace period than the drain knows brings its end forward.
+    ///
+    /// `deletion` may be from the first list of an agent, and then counts from the first delete.
     pub(super) fn deletion(&mut self, uid: &PodUid, deletion: Deletion) {
         let now = BootTime::now();
         let Some(id) = self.active.of_pod(uid) else {
@@ -37,7 +39,7 @@ impl<K: Kernel> Drains<K> {
             return;
         }
         active.end = deleted;
-        self.is_stopping(id);
+        self.end_changed(id);
         let (Some(grace), Some(active)) = (deletion.grace, self.active.get_mut(id)) else {
             return;
         };
@@ -45,8 +47,15 @@ impl<K: Kernel> Drains<K> {
         // its deletion, so a report of the same deletion that comes late is not shorter.
         let known = active.deletion_grace.or(active.first_grace);
         let is_shorter = known.is_none_or(|known| grace < known);
+        // The kubelet gives a stop no more than the grace period, so this delete came after the stop.
+        let is_second = active.deletion_grace.is_none() && active.end.is_stop;
+        let left = if is_second {
+            Some(grace)
+        } else {
+            deletion.left(now)
+        };
         active.deletion_grace = Some(grace);
-        if let Some(left) = deletion.left(now).filter(|_| is_shorter) {
+        if let Some(left) = left.filter(|_| is_shorter) {
             let limits = CallLimits {
                 grace: Some(left),
                 rpc_timeout: None,
@@ -63,18 +72,28 @@ impl<K: Kernel> Drains<K> {
     /// A preStop wait ran for the restart of a container, or by hand.
     pub(super) fn not_terminating(&mut self, uid: &PodUid) {
         if let Some(id) = self.active.of_pod(uid)
-            && self.active.get(id).is_some_and(|a| !a.end.is_final())
+            && let Some(active) = self.active.get_mut(id)
+            && !active.end.is_final()
         {
+            active.end.is_not_deleted = true;
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
     }
 
-    /// Lets the machine tell the application for as long as the pod's end is certain and held.
-    pub(super) fn is_stopping(&mut self, id: DrainId) {
-        if let Some(active) = self.active.get(id)
-            && active.machine.policy().notifies()
-        {
-            let is_stopping = active.end.is_final() && active.holds > 0;
+    /// Lets the machine tell the application for as long as the pod's end is certain and held, and close idle flows
+    /// unless the pod may live on.
+    pub(super) fn end_changed(&mut self, id: DrainId) {
+        let Some(active) = self.active.get(id) else {
+            return;
+        };
+        let policy = active.machine.policy();
+        let (notifies, closes) = (policy.notifies(), policy.idle_flows == IdleFlows::Close);
+        let is_stopping = active.end.is_final() && active.holds > 0;
+        let may_live_on = active.may_live_on();
+        if closes {
+            self.step(id, Event::MayLiveOn(may_live_on));
+        }
+        if notifies {
             self.step(id, Event::Stopping(is_stopping));
         }
     }

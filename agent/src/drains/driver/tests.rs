@@ -266,6 +266,7 @@ fn order(pod: Arc<Pod>, policy: Policy) -> HoldOrder {
         is_listed: true,
         is_stop: false,
         is_not_deleted: false,
+        is_unanswered: false,
         traceparent: None,
     }
 }

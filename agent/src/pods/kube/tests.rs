@@ -342,6 +342,34 @@ async fn a_grace_period_that_began_before_the_agent_started_does_not_restart() {
     assert!((25..=30).contains(&left), "{left} s");
 }
 
+#[tokio::test]
+async fn a_second_delete_that_only_a_list_shows_counts_from_that_list() {
+    let server = FakeApiServer::start();
+    let since = Duration::from_secs(3000);
+    let with_grace = |grace: u64, version| {
+        let mut object = deleted("u1", version);
+        let ends = SystemTime::now() - since + Duration::from_secs(grace);
+        object["metadata"]["deletionTimestamp"] =
+            humantime::format_rfc3339_seconds(ends).to_string().into();
+        object["metadata"]["deletionGracePeriodSeconds"] = grace.into();
+        object
+    };
+    server.state().pods = vec![with_grace(3600, "90")];
+    let kube = Kube::watch(server.client(), "node-1", &Arc::default());
+    synced(&kube).await;
+    server.watched().await;
+    server.state().pods = vec![with_grace(60, "200")];
+    server.notify("ERROR", gone());
+    let grace = |pods: &KubePods| pods.pods[&uid("u1")].deletion.and_then(|d| d.grace);
+    let mut pods = kube.pods();
+    pods.wait_for(|p| grace(p) == Some(Duration::from_secs(60)))
+        .await
+        .unwrap();
+    let deletion = pods.borrow().pods[&uid("u1")].deletion.unwrap();
+    let left = deletion.left(BootTime::now()).unwrap().as_secs();
+    assert!((50..=60).contains(&left), "{left} s");
+}
+
 #[test]
 fn a_grace_period_runs_from_its_first_report() {
     let at = |s: u64| BootTime::from_nanos(s * 1_000_000_000);
@@ -375,12 +403,14 @@ fn a_grace_period_runs_from_its_first_report() {
         // A repeated report does not restart it.
         (first, Some(deletion(30, 110)), first),
         (first, Some(shorter), shorter),
+        // In a list, it counts from the first delete.
+        (first, Some(deletion(9, 100)), shorter),
         (shorter, Some(deletion(30, 120)), shorter),
         (unknown, Some(first), first),
         (first, Some(unknown), first),
     ] {
         let mut update = pod(update);
-        known(known_before).keep_deletion(&mut update);
+        known(known_before).keep_deletion(&mut update, at(110));
         assert_eq!(update.deletion, Some(expected));
     }
 }

@@ -188,8 +188,8 @@ impl Store {
         true
     }
 
-    /// Deletes a pod with that grace period. A second delete can only shorten it (`BeforeDelete`,
-    /// staging/src/k8s.io/apiserver/pkg/registry/rest/delete.go).
+    /// Deletes a pod with that grace period. A second delete can only shorten it, and the deletionTimestamp still counts
+    /// from the first one (`BeforeDelete`, staging/src/k8s.io/apiserver/pkg/registry/rest/delete.go).
     pub(super) fn delete(&mut self, key: &Key, grace: Duration) -> bool {
         let Some(pod) = self.pods.get(key) else {
             return false;
@@ -198,8 +198,14 @@ impl Store {
         if so_far.is_some_and(|so_far| so_far <= grace.as_secs()) {
             return true;
         }
+        let ended_at = pod["metadata"]["deletionTimestamp"].as_str();
+        let ended_at = ended_at.and_then(|at| humantime::parse_rfc3339(at).ok());
+        let first = match (ended_at, so_far) {
+            (Some(at), Some(so_far)) => at - Duration::from_secs(so_far),
+            _ => SystemTime::now(),
+        };
         self.modify(key, |pod| {
-            pod["metadata"]["deletionTimestamp"] = time(SystemTime::now() + grace).into();
+            pod["metadata"]["deletionTimestamp"] = time(first + grace).into();
             pod["metadata"]["deletionGracePeriodSeconds"] = grace.as_secs().into();
         })
     }
@@ -305,6 +311,22 @@ mod tests {
             let pod = store.get(&key("a")).unwrap();
             assert_eq!(pod["metadata"]["deletionGracePeriodSeconds"], then);
         }
+    }
+
+    #[test]
+    fn the_deletion_timestamp_counts_from_the_first_delete() {
+        let mut store = Store::new();
+        store.create(&PodSpec::new("a"), "n1");
+        let first = SystemTime::now() - Duration::from_secs(1000);
+        store.modify(&key("a"), |pod| {
+            let ends = time(first + Duration::from_secs(3600));
+            pod["metadata"]["deletionTimestamp"] = ends.into();
+            pod["metadata"]["deletionGracePeriodSeconds"] = 3600.into();
+        });
+        store.delete(&key("a"), Duration::from_secs(60));
+        let pod = store.get(&key("a")).unwrap();
+        let ends = time(first + Duration::from_secs(60));
+        assert_eq!(pod["metadata"]["deletionTimestamp"], ends);
     }
 
     #[test]

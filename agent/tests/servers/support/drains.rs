@@ -88,6 +88,7 @@ pub(crate) async fn drain(pod: ebb::pods::Pod, policy: Policy) -> Drain {
         deletion: None,
         is_stop: true,
         is_not_deleted: false,
+        is_unanswered: false,
         traceparent: None,
         is_listed: true,
     };

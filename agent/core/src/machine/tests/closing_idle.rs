@@ -10,6 +10,23 @@ fn closing() -> Policy {
 }
 
 #[test]
+fn no_idle_flow_is_closed_while_the_pod_may_live_on() {
+    let idle = [flow(1, Idle)];
+    let mut m = in_drain(closing(), &idle);
+    assert_eq!(m.step(Event::MayLiveOn(true), at(3000)), None);
+    assert_eq!(m.step(dumped(3000, &idle), at(3001)), None);
+    assert_eq!(m.next_wake(), Some(at(8001)), "only the next resync");
+    assert_eq!(m.step(Event::Tick, at(8001)), DUMP);
+    assert_eq!(m.step(dumped(8001, &idle), at(8002)), None);
+    // It is being deleted after all.
+    let asked = m.step(Event::MayLiveOn(false), at(9000));
+    assert_eq!(asked, DUMP);
+    let close = Some(Action::CloseIdle(idle.to_vec()));
+    assert_eq!(m.step(dumped(9000, &idle), at(9001)), close);
+    assert_eq!(m.step(Event::MayLiveOn(false), at(9002)), None);
+}
+
+#[test]
 fn idle_flows_are_closed_once_after_settle_and_the_drain_waits_for_their_end() {
     let (busy, idle) = (flow(1, Active), flow(2, Idle));
     let mut m = in_drain(closing(), &[busy.clone(), idle.clone()]);

@@ -176,6 +176,27 @@ fn a_pod_in_which_nothing_listens_and_no_flow_holds_is_released_at_the_first_dum
 }
 
 #[test]
+fn idle_dialled_connections_and_lost_ones_do_not_make_a_pod_settle_in_which_nothing_listens() {
+    let dialled = |state| Flow {
+        direction: Direction::Outbound,
+        ..flow(1, state)
+    };
+    for (flow, action) in [
+        (dialled(Idle), DRAINED),
+        (flow(1, FlowState::Lost), DRAINED),
+        (dialled(Awaiting), None),
+    ] {
+        let mut m = machine(Policy {
+            outbound: crate::policy::Outbound::Hold,
+            ..until(Until::Zero)
+        });
+        assert_eq!(m.step(Event::Tick, START), DUMP);
+        let dump = without_listener(0, std::slice::from_ref(&flow));
+        assert_eq!(m.step(dump, at(2)), action, "{flow:?}");
+    }
+}
+
+#[test]
 fn a_pod_settles_if_something_listens_or_a_flow_holds_or_settle_min_is_set() {
     // It is not known whether anything listens.
     in_drain(until(Until::Zero), &[]);

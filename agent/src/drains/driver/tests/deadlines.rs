@@ -62,7 +62,11 @@ async fn repeated_holds_do_not_keep_the_first_deadline_for_ever() {
 #[tokio::test]
 async fn a_deletion_after_the_drain_of_a_restart_has_a_deadline_of_its_own() {
     let harness = harness(vec![]);
-    let restart = harness.drains.hold(order(pod("a"), policy())).await;
+    let restart = HoldOrder {
+        is_not_deleted: true,
+        ..order(pod("a"), policy())
+    };
+    let restart = harness.drains.hold(restart).await;
     released(&restart).await;
     harness.kernel.script().samples = vec![sample(1)];
     let now = BootTime::now();
@@ -90,6 +94,7 @@ async fn a_deletion_during_the_drain_of_a_restart_ends_it_and_has_a_deadline_of_
     let harness = harness(vec![sample(1)]);
     let restart = HoldOrder {
         grace: Some(Duration::from_secs(6)),
+        is_not_deleted: true,
         ..order(pod("a"), policy())
     };
     let restart = harness.drains.hold(restart).await;
@@ -105,6 +110,93 @@ async fn a_deletion_during_the_drain_of_a_restart_ends_it_and_has_a_deadline_of_
     assert!(later.deadline() > restart.deadline() + Duration::from_secs(30));
     let early = timeout(5 * QUIET, later.released()).await;
     assert!(early.is_err(), "a flow holds: {early:?}");
+}
+
+#[tokio::test]
+async fn a_wait_without_an_answer_of_the_api_server_belongs_to_the_deletion_that_is_reported_later()
+{
+    let harness = harness(vec![sample(1)]);
+    let first = harness.drains.hold(order(pod("a"), policy())).await;
+    let deadline = first.deadline();
+    let reported = deletion(
+        BootTime::now() + Duration::from_secs(2),
+        Duration::from_secs(12),
+    );
+    harness.drains.deletion(&PodUid::new("a"), reported);
+    // The hook of another container, and then the stop.
+    for is_stop in [false, true] {
+        let later = HoldOrder {
+            deletion: Some(reported),
+            is_stop,
+            ..order(pod("a"), policy())
+        };
+        let later = harness.drains.hold(later).await;
+        assert_eq!(later.deadline(), first.deadline());
+    }
+    assert!(first.deadline() + Duration::from_secs(30) < deadline);
+    let view = harness.until_view(|v| v.active[0].holds == 1).await;
+    assert_eq!(view.active[0].deadline_cause, DeadlineCause::ShorterGrace);
+    assert!(view.finished.is_empty(), "{view:?}");
+}
+
+#[tokio::test]
+async fn idle_flows_are_not_closed_before_the_api_server_has_answered_that_the_pod_ends() {
+    let idle = Sample {
+        since_sent: Duration::from_secs(60),
+        since_received: Duration::from_secs(61),
+        since_ack: Duration::from_secs(60),
+        ..sample(1)
+    };
+    for (is_unanswered, is_not_deleted) in [(false, false), (true, false), (false, true)] {
+        let harness = harness(vec![idle.clone()]);
+        let closing = Policy {
+            idle_flows: IdleFlows::Close,
+            ..policy()
+        };
+        let wait = HoldOrder {
+            is_unanswered,
+            is_not_deleted,
+            ..order(pod("a"), closing)
+        };
+        let _hold = harness.drains.hold(wait).await;
+        let closes = async |within| {
+            let asked = async {
+                while harness.asked("close") == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(within, asked).await.is_ok()
+        };
+        let may_live_on = is_unanswered || is_not_deleted;
+        let within = if may_live_on {
+            20 * QUIET
+        } else {
+            Duration::from_secs(5)
+        };
+        assert_eq!(closes(within).await, !may_live_on);
+        if is_unanswered {
+            let reported = deletion(BootTime::now(), Duration::from_secs(60));
+            harness.drains.deletion(&PodUid::new("a"), reported);
+            assert!(closes(Duration::from_secs(5)).await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn once_the_api_server_has_denied_a_deletion_a_later_one_has_a_deadline_of_its_own() {
+    let harness = harness(vec![sample(1)]);
+    let wait = harness.drains.hold(order(pod("a"), policy())).await;
+    harness.drains.not_terminating(&PodUid::new("a"));
+    released(&wait).await;
+    let deleted = HoldOrder {
+        deletion: Some(deletion(
+            BootTime::now() + Duration::from_secs(2),
+            Duration::from_secs(60),
+        )),
+        ..order(pod("a"), policy())
+    };
+    let later = harness.drains.hold(deleted).await;
+    assert!(later.deadline() > wait.deadline());
 }
 
 #[tokio::test]
@@ -341,6 +433,40 @@ async fn a_deletion_that_is_reported_late_is_not_a_shorter_one() {
         .deletion(&uid, deletion(BootTime::now(), Duration::from_secs(3)));
     let report = released(&hold).await;
     assert_eq!(report.deadline_cause, DeadlineCause::ShorterGrace);
+}
+
+#[tokio::test]
+async fn a_second_delete_that_a_list_shows_after_a_resumed_stop_counts_from_then() {
+    // In a list, it counts from the first delete, and would be over.
+    let ago = BootTime::now().before(Duration::from_secs(30));
+    let second = deletion(ago, Duration::from_secs(12));
+    // The list comes after the stop, before it, or with another stop.
+    for (first, other) in [(None, None), (Some(second), None), (None, Some(second))] {
+        let harness = harness(vec![sample(1)]);
+        let resumed = |deletion| HoldOrder {
+            deletion,
+            ..stop("a")
+        };
+        let hold = harness.drains.hold(resumed(first)).await;
+        let _other = match (first, other) {
+            (None, None) => {
+                harness.drains.deletion(&PodUid::new("a"), second);
+                None
+            }
+            (_, None) => None,
+            (_, Some(_)) => Some(harness.drains.hold(resumed(other)).await),
+        };
+        let view = harness
+            .until_view(|v| {
+                let mut active = v.active.iter();
+                active.any(|r| r.deadline_cause == DeadlineCause::ShorterGrace)
+            })
+            .await;
+        assert!(view.finished.is_empty(), "{view:?}");
+        let left = hold.deadline().since(BootTime::now());
+        // 12 s less the reserve of 3 s.
+        assert!((7..=9).contains(&left.as_secs()), "{left:?}");
+    }
 }
 
 #[tokio::test]

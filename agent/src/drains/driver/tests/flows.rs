@@ -272,7 +272,9 @@ async fn a_late_flow_prolongs_settle_and_its_peer_is_reported() {
 
 #[tokio::test]
 async fn events_of_other_pods_ignored_ports_probes_and_the_pod_itself_do_not_count() {
-    let harness = harness(vec![]);
+    let any = SocketAddr::from(([0, 0, 0, 0], 9090));
+    let ignored = Sample::new(SocketCookie(8), any, any, TcpState::Listen);
+    let harness = harness(vec![ignored]);
     let policy = Policy {
         ignore_ports: vec![9090],
         quiet: Duration::from_secs(60),

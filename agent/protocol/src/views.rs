@@ -362,6 +362,9 @@ pub struct DryRun {
     pub untracked: Option<String>,
     /// The flows that would hold it after settling.
     pub holding: Vec<FlowView>,
+    /// How many idle flows ebb would close after settling (`idle-flows: close`).
+    #[serde(default)]
+    pub idle_closed: u32,
     /// How many flows would not, by the reason.
     pub not_holding: BTreeMap<String, u32>,
 }

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 /// The query of `GET /v1/pods`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodQuery {
+    /// Only the pod of this name, `NAMESPACE/NAME` or UID, or the beginning of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
     /// Only pods of this namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
@@ -51,9 +54,6 @@ pub struct OwnerRef {
 }
 
 impl OwnerRef {
-    /// The kinds, in short.
-    pub const KINDS: &str = "deploy, sts, ds, job and cj";
-
     /// `None` if the text is no owner. `deploy/web` is never the pod `web` in a namespace `deploy`.
     pub fn parse(text: &str) -> Option<Self> {
         let (kind, name) = text.split_once('/')?;

@@ -33,6 +33,7 @@
 //! | `ebb doctor -o json` | [`views::Diagnosis`] |
 //! | `ebb version -o json` | [`views::Versions`] |
 //! | `ebb drain POD --dry-run -o json` | [`views::DryRun`] |
+//! | `kubectl ebb advise`, `doctor` or `version` with `-o json` | [`views::NodeDocuments`] |
 //! | any failure | [`views::Problem`] |
 //! | `POST /v1/holds`, `POST /v1/passed` | for the CRI proxy: [`hold`] |
 //!

@@ -7,8 +7,8 @@ use schemars::{
 use serde_json::{Value, json};
 
 use crate::views::{
-    AdviceList, Diagnosis, DrainList, DryRun, Explanation, FlowList, PodList, Problem, Released,
-    VersionView, Versions, WaitReply,
+    AdviceList, Diagnosis, DrainList, DryRun, Explanation, FlowList, NodeDocuments, PodList,
+    Problem, Released, VersionView, Versions, WaitReply,
 };
 
 /// The schema: any of the documents. Each has its own under `$defs`, by the name of its type.
@@ -23,6 +23,9 @@ pub fn document() -> Value {
         of::<DryRun>,
         of::<Explanation>,
         of::<FlowList>,
+        of::<NodeDocuments<AdviceList>>,
+        of::<NodeDocuments<Diagnosis>>,
+        of::<NodeDocuments<Versions>>,
         of::<PodList>,
         of::<Problem>,
         of::<Released>,

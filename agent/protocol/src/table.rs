@@ -287,13 +287,15 @@ pub fn flows(
     for f in flows {
         flow_row(&mut t, &f);
     }
-    let notes = untracked.iter();
     RenderedTable {
         table: t.render_styled(FLOW_COLUMNS, style),
-        notes: notes
-            .map(|u| format!("{}: its flows can't be seen: {}", u.pod, u.why))
-            .collect(),
+        notes: untracked.iter().map(untracked_note).collect(),
     }
+}
+
+/// That ebb cannot see the flows of the pod, and why.
+pub fn untracked_note(u: &UntrackedPod) -> String {
+    format!("{}: its flows can't be seen: {}", u.pod, u.why)
 }
 
 fn flow_row(t: &mut Table<13>, f: &FlowView) {

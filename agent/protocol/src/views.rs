@@ -294,6 +294,29 @@ pub struct ProxyVersion {
     pub error: Option<String>,
 }
 
+/// What `kubectl ebb` prints of a verb about a node, such as `doctor`: the document of each node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename = "{T}OfNodes"))]
+pub struct NodeDocuments<T> {
+    /// The schema: `ebb.dev/v1`.
+    pub schema: String,
+    /// The documents of the nodes whose agents answered, by node.
+    pub nodes: Vec<NodeDocument<T>>,
+}
+
+/// The document of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename = "{T}OfNode"))]
+pub struct NodeDocument<T> {
+    /// The node's name.
+    pub node: String,
+    /// What the verb prints on this node.
+    #[serde(flatten)]
+    pub document: T,
+}
+
 /// The answer to any request that fails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -362,6 +385,9 @@ pub struct DryRun {
     pub untracked: Option<String>,
     /// The flows that would hold it after settling.
     pub holding: Vec<FlowView>,
+    /// How many idle flows ebb would close after settling (`idle-flows: close`).
+    #[serde(default)]
+    pub idle_closed: u32,
     /// How many flows would not, by the reason.
     pub not_holding: BTreeMap<String, u32>,
 }

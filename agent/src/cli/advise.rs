@@ -33,7 +33,7 @@ pub(super) struct AdviseFlags {
     /// without a controller stands for itself.
     workload: Option<String>,
     #[command(flatten)]
-    table: TableFlags,
+    pub(super) table: TableFlags,
 }
 
 pub(super) async fn run(flags: &AdviseFlags) -> Result<()> {

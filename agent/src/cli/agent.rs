@@ -1,6 +1,7 @@
 //! `ebb agent`.
 
 use std::{
+    ffi::CStr,
     net::{Ipv6Addr, SocketAddr},
     path::{Component, Path, PathBuf},
     time::Duration,
@@ -205,12 +206,12 @@ fn otlp_endpoint(text: &str) -> Result<String, String> {
     }
 }
 
-/// The name that the kubelet takes without `--hostname-override` (`GetHostname` in
-/// `pkg/util/node/node.go`): the host name in lower case.
-fn host_name() -> Option<String> {
-    let system = uname();
-    let name = system.nodename().to_str().ok()?.trim().to_lowercase();
-    (!name.is_empty()).then_some(name)
+/// The node's name: that of the flag, or else the name that the kubelet takes without `--hostname-override`
+/// (`GetHostname` in `pkg/util/node/node.go`): the host name in lower case.
+fn node_name(flag: Option<String>, host: &CStr) -> Option<String> {
+    let given = |name: &String| !name.is_empty();
+    let of_host = || Some(host.to_str().ok()?.trim().to_lowercase());
+    flag.filter(given).or_else(of_host).filter(given)
 }
 
 pub(super) async fn run(flags: AgentFlags) -> Result<()> {
@@ -230,10 +231,7 @@ pub(super) async fn run(flags: AgentFlags) -> Result<()> {
         kubelet_cgroup: flags.kubelet_cgroup,
         kube: flags.kube,
         dbus_socket: Some(flags.dbus_socket).filter(|path| !path.as_os_str().is_empty()),
-        node_name: flags
-            .node_name
-            .filter(|name| !name.is_empty())
-            .or_else(host_name),
+        node_name: node_name(flags.node_name, uname().nodename()),
         hold_unknown: flags.hold_unknown,
         bpf_log: flags.bpf_log,
         otlp_endpoint: flags.otlp_endpoint,
@@ -286,6 +284,18 @@ mod tests {
         ] {
             assert!(address(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_nodes_name_is_the_hosts_in_lower_case_unless_the_flag_gives_one() {
+        let of = |flag: Option<&str>, host| node_name(flag.map(Into::into), host);
+        assert_eq!(of(None, c"Node-A").as_deref(), Some("node-a"));
+        assert_eq!(of(Some(""), c"Node-A").as_deref(), Some("node-a"));
+        assert_eq!(of(Some("Other"), c"Node-A").as_deref(), Some("Other"));
+        assert_eq!(of(None, c""), None);
+        assert_eq!(of(None, c" "), None);
+        let own = uname();
+        assert!(of(None, own.nodename()).is_some());
     }
 
     #[test]

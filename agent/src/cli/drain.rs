@@ -4,7 +4,11 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use anyhow::Result;
 use clap::{Args, CommandFactory as _, error::ErrorKind};
-use ebb_core::{format::duration, policy::Until};
+use ebb_core::{
+    flow::{Direction, FlowState},
+    format::duration,
+    policy::{IdleFlows, Until},
+};
 use ebb_protocol::{
     table::{RenderedTable, TableStyle, flows},
     views::{DryRun, Explanation, FlowList, FlowView, PolicyView, SCHEMA},
@@ -55,10 +59,19 @@ fn dry_run(explanation: Explanation, list: FlowList) -> Result<DryRun> {
     };
     // The agent writes it, so it parses.
     let until: Until = setting(&policy, "until").parse().unwrap_or_default();
+    let closes_idle =
+        until == Until::Zero && setting(&policy, "idle-flows") == IdleFlows::Close.name();
     let mut holding = Vec::new();
     let mut not_holding = BTreeMap::new();
+    let mut idle_closed = 0;
     for flow in list.flows {
         match why_not(&flow, until) {
+            // ebb closes nothing of a pod that it does not hold, but idle flows do not count there either
+            // (`Policy::for_observation`).
+            None if closes_idle && is_closed_if_idle(&flow) => match policy.never_held {
+                None => idle_closed += 1,
+                Some(_) => *not_holding.entry(flow.state.name().to_owned()).or_insert(0) += 1,
+            },
             None => holding.push(flow),
             Some(why) => *not_holding.entry(why.to_owned()).or_insert(0) += 1,
         }
@@ -71,8 +84,14 @@ fn dry_run(explanation: Explanation, list: FlowList) -> Result<DryRun> {
         is_draining: drain.is_some_and(|r| r.reason.is_none()),
         untracked: list.untracked.into_iter().next().map(|u| u.why),
         holding,
+        idle_closed,
         not_holding,
     })
+}
+
+/// Whether the flow is one that ebb closes with `idle-flows: close`: it leaves connections that the pod dialled alone.
+fn is_closed_if_idle(flow: &FlowView) -> bool {
+    flow.state == FlowState::Idle && flow.direction == Direction::Inbound
 }
 
 /// Why a drain would not wait for the flow, once settling is over.
@@ -144,6 +163,17 @@ fn text(d: &DryRun, style: TableStyle) -> String {
     if !d.holding.is_empty() {
         out.push_str(&flows(d.holding.iter().cloned(), &[], style).table);
     }
+    let _ = match d.idle_closed {
+        0 => Ok(()),
+        1 => writeln!(
+            out,
+            "\n1 connection is idle: ebb would close it after settling."
+        ),
+        n => writeln!(
+            out,
+            "\n{n} connections are idle: ebb would close them after settling."
+        ),
+    };
     let not: Vec<_> = d
         .not_holding
         .iter()
@@ -161,7 +191,7 @@ mod tests {
 
     use super::*;
     use ebb_core::{
-        flow::{Direction, Exempt, FlowState},
+        flow::Exempt,
         ids::{PodName, PodUid},
     };
     use ebb_protocol::views::{Setting, SettingSource};
@@ -195,6 +225,10 @@ mod tests {
     }
 
     fn of(until: &str, never_held: Option<&str>) -> DryRun {
+        with_idle_flows("keep", until, never_held)
+    }
+
+    fn with_idle_flows(idle_flows: &str, until: &str, never_held: Option<&str>) -> DryRun {
         let setting = |name: &str, value: &str| Setting {
             name: name.into(),
             value: value.into(),
@@ -208,6 +242,7 @@ mod tests {
             now: Some(PolicyView {
                 settings: vec![
                     setting("until", until),
+                    setting("idle-flows", idle_flows),
                     setting("quiet", "3s"),
                     setting("settle-max", "15s"),
                 ],
@@ -250,6 +285,24 @@ mod tests {
             assert!(said.contains("for 25.0s at most"), "{said}");
             assert!(said.contains("of 30.0s"), "{said}");
         }
+    }
+
+    #[test]
+    fn idle_flows_that_ebb_would_close_are_counted_and_do_not_hold() {
+        let dry = with_idle_flows("close", "zero", None);
+        assert_eq!((dry.holding.len(), dry.idle_closed), (1, 1));
+        let said = text(&dry, TableStyle::default());
+        assert!(said.contains("1 connection would hold it"), "{said}");
+        assert!(
+            said.contains("1 connection is idle: ebb would close it"),
+            "{said}"
+        );
+        // With `until: idle`, an idle flow does not hold anyway.
+        let dry = with_idle_flows("close", "idle", None);
+        assert_eq!((dry.holding.len(), dry.idle_closed), (1, 0));
+        let dry = with_idle_flows("close", "zero", Some("ebb.dev/drain is observe"));
+        assert_eq!((dry.holding.len(), dry.idle_closed), (1, 0));
+        assert_eq!(dry.not_holding.get("idle"), Some(&1));
     }
 
     #[test]

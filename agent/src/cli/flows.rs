@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use ebb_core::flow::FlowState;
 use ebb_protocol::{
     filter::{FlowQuery, FlowSort},
-    table::{RenderedTable, TableStyle},
+    table::{RenderedTable, TableStyle, untracked_note},
     views::FlowList,
 };
 
@@ -161,5 +161,51 @@ impl Document for FlowList {
 
     fn text(&self, style: TableStyle) -> RenderedTable {
         ebb_protocol::table::flows(self.flows.iter().cloned(), &self.untracked, style)
+    }
+
+    fn left_out(&self) -> Vec<String> {
+        self.untracked.iter().map(untracked_note).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ebb_core::ids::{PodName, PodUid};
+    use ebb_protocol::views::{SCHEMA, UntrackedPod};
+
+    use super::*;
+
+    #[test]
+    fn a_pod_that_ebb_cannot_see_is_named_beside_each_format_that_has_no_place_for_it() {
+        let list = FlowList {
+            schema: SCHEMA.into(),
+            flows: vec![],
+            untracked: vec![UntrackedPod {
+                pod: PodName {
+                    uid: PodUid::new("u1"),
+                    namespace: "shop".into(),
+                    name: "web".into(),
+                },
+                why: "runsc sandbox".into(),
+            }],
+        };
+        let note = "shop/web: its flows can't be seen: runsc sandbox";
+        let rendered = |format: OutputFormat| format.render(&list, true).unwrap();
+        for format in [
+            OutputFormat::Table,
+            OutputFormat::Wide,
+            OutputFormat::Jsonl,
+            OutputFormat::Name,
+        ] {
+            let rendered = rendered(format);
+            assert_eq!(
+                (rendered.table.as_str(), rendered.notes),
+                ("", vec![note.into()])
+            );
+        }
+        for format in [OutputFormat::Json, OutputFormat::Yaml] {
+            let rendered = rendered(format);
+            assert!(rendered.table.contains("runsc") && rendered.notes.is_empty());
+        }
     }
 }

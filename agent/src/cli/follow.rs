@@ -1,6 +1,6 @@
-//! `--watch` of the lists: prints the whole list, and then each row that is new or has changed.
+//! `--watch` of the lists: prints the whole list, and then each row and note that is new or has changed.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, io, mem, thread, time::Duration};
 
 use anyhow::Result;
 use clap::Args;
@@ -8,18 +8,18 @@ use ebb_core::format::{duration_within as within, one_line};
 use ebb_protocol::{
     client::AgentError,
     service::stop_on_signal,
-    table::TableStyle,
+    table::{RenderedTable, TableStyle},
     views::{DrainList, FlowList, PodList},
 };
 use tokio::time::sleep;
 
-use super::output::{Document, OutputFormat, TableFlags, write_out};
+use super::output::{Document, OutputFormat, TableFlags, print_notes, write_out};
 
 /// Flags of the lists that can be watched.
 #[derive(Args)]
 pub(super) struct WatchFlags {
-    /// After the list, print each row that is new or has changed, until Ctrl-C. A pod or connection that is gone gets no
-    /// row, and a watch of one pod ends with the pod. With -o json, each row is an object.
+    /// After the list, print each row and note that is new or has changed, until Ctrl-C. A pod or connection that is gone
+    /// gets no row, and a watch of one pod ends with the pod. With -o json, each row is an object.
     #[arg(short, long)]
     pub(super) watch: bool,
     /// With --watch: the time between two lists. Each costs as much as the list: a dump of the node's connections per
@@ -32,7 +32,21 @@ pub(super) struct WatchFlags {
         value_parser = within(Duration::from_millis(500)..=Duration::from_secs(3600))
     )]
     interval: Duration,
+    #[command(flatten)]
+    stdin: StdinFlag,
 }
+
+/// For `kubectl ebb`: without a terminal, a runtime does not end a program whose client is gone, but it closes the
+/// program's standard input.
+#[derive(Args)]
+pub(super) struct StdinFlag {
+    /// With --watch: end when standard input ends.
+    #[arg(long = UNTIL_STDIN_ENDS, hide = true, requires = "watch")]
+    until_stdin_ends: bool,
+}
+
+/// The flag of [`StdinFlag`], without its dashes.
+pub(super) const UNTIL_STDIN_ENDS: &str = "until-stdin-ends";
 
 /// One row of a list.
 pub(super) struct RowState {
@@ -92,12 +106,15 @@ impl FollowedList for DrainList {
 #[derive(Default)]
 struct Printed {
     states: HashMap<String, String>,
+    /// The notes of the last list, and how many times it had each: two drains of a pod may have the same.
+    notes: HashMap<String, u32>,
     is_begun: bool,
 }
 
 impl Printed {
-    /// The text of the rows that are new or have changed, with the names of the columns the first time.
-    fn next(&mut self, list: &impl FollowedList, flags: &TableFlags) -> Result<String> {
+    /// The text of the rows that are new or have changed, with the names of the columns the first time, and the notes
+    /// that are new.
+    fn next(&mut self, list: &impl FollowedList, flags: &TableFlags) -> Result<RenderedTable> {
         let rows = list.rows();
         let is_new = |row: &RowState| self.states.get(&row.id) != Some(&row.state);
         let new: Vec<usize> = (0..rows.len()).filter(|n| is_new(&rows[*n])).collect();
@@ -107,14 +124,17 @@ impl Printed {
             OutputFormat::Json | OutputFormat::Yaml | OutputFormat::Jsonl => list.lines()?,
         };
         let mut text = String::new();
+        // An object per row has no place for them, as a line per row has none.
+        let mut notes = list.left_out();
         match format {
             OutputFormat::Table | OutputFormat::Wide => {
                 let style = TableStyle {
                     wide: format == OutputFormat::Wide,
                     no_headers: false,
                 };
-                let table = list.text(style).table;
-                let lines: Vec<&str> = table.lines().collect();
+                let rendered = list.text(style);
+                notes = rendered.notes;
+                let lines: Vec<&str> = rendered.table.lines().collect();
                 let heading = (!self.is_begun && !flags.no_headers).then_some(0);
                 for n in heading.into_iter().chain(new.iter().map(|n| n + 1)) {
                     text.extend([lines.get(n).copied().unwrap_or_default(), "\n"]);
@@ -142,7 +162,24 @@ impl Printed {
         }
         self.is_begun = true;
         self.states = rows.into_iter().map(|row| (row.id, row.state)).collect();
-        Ok(text)
+        Ok(RenderedTable {
+            table: text,
+            notes: self.new_notes(notes),
+        })
+    }
+
+    /// Those of a list's notes that the last list did not have.
+    fn new_notes(&mut self, notes: Vec<String>) -> Vec<String> {
+        let mut last = mem::take(&mut self.notes);
+        let mut new = Vec::new();
+        for note in notes {
+            *self.notes.entry(note.clone()).or_default() += 1;
+            match last.get_mut(&note) {
+                Some(left @ 1..) => *left -= 1,
+                _ => new.push(note),
+            }
+        }
+        new
     }
 }
 
@@ -151,9 +188,18 @@ impl Printed {
 /// If the agent is away, says so once, and goes on when it is back, as after an upgrade.
 pub(super) async fn follow<L: FollowedList>(
     flags: &TableFlags,
+    stdin: &StdinFlag,
     mut look: impl AsyncFnMut() -> Result<L, AgentError>,
 ) -> Result<()> {
     let stop = stop_on_signal()?;
+    if stdin.until_stdin_ends {
+        let stop = stop.clone();
+        // A thread of its own, because a read of standard input can't be cancelled: the process ends without it.
+        thread::spawn(move || {
+            let _ = io::copy(&mut io::stdin(), &mut io::sink());
+            stop.cancel();
+        });
+    }
     let mut printed = Printed::default();
     let mut is_away = false;
     loop {
@@ -174,9 +220,11 @@ pub(super) async fn follow<L: FollowedList>(
             }
         };
         is_away = false;
-        if !write_out(&printed.next(&list, flags)?)? {
+        let new = printed.next(&list, flags)?;
+        if !write_out(&new.table)? {
             return Ok(());
         }
+        print_notes(&new.notes);
     }
 }
 
@@ -198,7 +246,7 @@ impl WatchFlags {
         mut look: impl AsyncFnMut() -> Result<L, AgentError>,
     ) -> Result<()> {
         let mut is_first = true;
-        follow(flags, async || {
+        follow(flags, &self.stdin, async || {
             if !std::mem::replace(&mut is_first, false) {
                 sleep(self.interval).await;
             }
@@ -212,7 +260,7 @@ impl WatchFlags {
 mod tests {
     use clap::Parser;
     use ebb_core::drain_report::{ReleaseReason, Report, testing::report};
-    use ebb_protocol::views::SCHEMA;
+    use ebb_protocol::views::{SCHEMA, UntrackedPod};
 
     use super::*;
 
@@ -245,7 +293,7 @@ mod tests {
     fn only_rows_that_are_new_or_have_changed_are_printed_again() {
         let mut printed = Printed::default();
         let flags = flags(&[]);
-        let mut next = |drains| printed.next(&list(drains), &flags).unwrap();
+        let mut next = |drains| printed.next(&list(drains), &flags).unwrap().table;
         let first = next(vec![held(1_000, None)]);
         assert_eq!(first.lines().count(), 2, "{first}");
         assert!(first.starts_with("NAMESPACE"), "{first}");
@@ -265,11 +313,50 @@ mod tests {
     }
 
     #[test]
+    fn a_note_is_printed_once_for_each_row_that_has_it() {
+        let mut printed = Printed::default();
+        let flags = flags(&[]);
+        let mut next = |drains| printed.next(&list(drains), &flags).unwrap().notes;
+        assert_eq!(next(vec![held(1_000, None)]), [""; 0]);
+        let cut = Report {
+            detail: Some("cut short".into()),
+            ..held(2_000, Some(ReleaseReason::Deadline))
+        };
+        let note = "shop/web: cut short";
+        assert_eq!(next(vec![cut.clone()]), [note]);
+        assert_eq!(next(vec![cut.clone()]), [""; 0]);
+        // The next drain of a pod with this name ends in the same way.
+        assert_eq!(next(vec![cut.clone(), cut.clone()]), [note]);
+        assert_eq!(next(vec![cut]), [""; 0]);
+    }
+
+    #[test]
+    fn a_pod_that_ebb_cannot_see_is_named_in_each_format() {
+        let untracked = FlowList {
+            schema: SCHEMA.into(),
+            flows: vec![],
+            untracked: vec![UntrackedPod {
+                pod: report(None).pod,
+                why: "runsc sandbox".into(),
+            }],
+        };
+        for format in ["table", "wide", "json", "yaml", "jsonl", "name"] {
+            let mut printed = Printed::default();
+            let flags = flags(&["-o", format, "--no-headers"]);
+            let first = printed.next(&untracked, &flags).unwrap();
+            assert_eq!(first.table, "", "{format}");
+            assert!(first.notes[0].ends_with("runsc sandbox"), "{format}");
+            let again = printed.next(&untracked, &flags).unwrap();
+            assert_eq!(again.notes, [""; 0], "{format}");
+        }
+    }
+
+    #[test]
     fn each_format_has_one_object_or_line_per_change() {
         let first = |given: &[&str]| {
             let drains = list(vec![held(1, None), report(Some(ReleaseReason::Drained))]);
             let mut printed = Printed::default();
-            printed.next(&drains, &flags(given)).unwrap()
+            printed.next(&drains, &flags(given)).unwrap().table
         };
         let json = first(&["-o", "json"]);
         let objects = serde_json::Deserializer::from_str(&json).into_iter::<Report>();

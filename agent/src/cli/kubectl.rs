@@ -1,17 +1,17 @@
 //! `kubectl ebb`: the same verbs for a whole cluster, from a workstation.
 //!
 //! The program `ebb` is this plugin when it is called `kubectl-ebb`. It finds the agents' pods through the API server and
-//! runs each verb there, as `kubectl exec` does. A list comes from all agents as JSON, and is printed here as one. A verb
-//! about one pod runs on that pod's node.
+//! runs each verb there, as `kubectl exec` does. A list comes from all agents as JSON, and is printed here as one; so do
+//! the documents about nodes, such as that of `doctor`. A verb about one pod runs on that pod's node.
 
 mod agents;
 mod args;
 mod exec;
+mod find;
 mod list;
 
 use std::{
     ffi::{OsStr, OsString},
-    io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -23,7 +23,7 @@ use ebb_protocol::filter::{OwnerRef, PeerNetworks};
 use self::agents::{Agents, RemoteAgent};
 use super::{
     Cli, CliVerb,
-    output::{NamespaceFlags, OtherNamespace},
+    output::{NamespaceFlags, OtherNamespace, TableFlags},
 };
 
 /// The name by which kubectl finds the plugin.
@@ -31,6 +31,9 @@ const NAME: &str = "kubectl-ebb";
 
 /// The exit status of a command that some agent did not answer, as in [`super::exit::HELP`].
 const NO_ANSWER: u8 = 9;
+
+/// The exit status of a command whose pod no agent knows, or more than one.
+const NO_MATCH: u8 = 10;
 
 /// Which cluster and which of its nodes.
 #[derive(Args, Debug, Default, PartialEq, Eq)]
@@ -65,13 +68,13 @@ pub struct Plugin {
 
 /// Where a verb runs.
 enum Route {
-    /// On all nodes, and the lists become one.
-    List,
+    /// On all nodes. Their lists become one, and other documents a list by node.
+    AllNodes,
     /// On the node of this pod: its name, or `NAMESPACE/NAME`. If the verb changes something, the API server must know
     /// the pod.
     Pod { pod: String, changes: bool },
-    /// On each node after another.
-    EachNode,
+    /// On one node, until Ctrl-C: that of the pod, if there is one.
+    Watch { pod: Option<String> },
     /// On one node, with the terminal.
     Terminal,
     /// Nowhere: it is about the host that it runs on.
@@ -115,60 +118,48 @@ impl Plugin {
             self.remote.extend(["--peer".into(), addresses]);
         }
         let status = match route {
-            Route::List => list::run(&self.verb, &agents, &self.remote).await?,
-            Route::Pod { pod, changes } => self.on_the_pods_node(&agents, &pod, changes).await?,
-            Route::EachNode => each_node(&agents, &self.remote).await,
+            Route::AllNodes => list::run(&self.verb, &agents, &self.remote).await?,
+            Route::Pod { pod, changes } => match agent_of(&agents, &pod, changes).await? {
+                Ok(agent) => agent.print(&self.remote).await?,
+                Err(status) => status,
+            },
+            Route::Watch { pod } => match watched_agent(&agents, pod.as_deref()).await? {
+                Ok(agent) => agent.print_watch(&self.remote).await?,
+                Err(status) => status,
+            },
             Route::Terminal => agents.only()?.with_terminal(&self.remote).await?,
             Route::Nowhere => 1,
         };
         Ok(ExitCode::from(status))
     }
+}
 
-    async fn on_the_pods_node(&self, agents: &Agents, pod: &str, changes: bool) -> Result<u8> {
-        if let Some(agent) = agents.of_pod(pod).await? {
-            return agent.print(&self.remote).await;
-        }
-        if changes {
-            bail!("the API server knows no pod {pod}; give its whole name, or NAMESPACE/NAME");
+/// The agent of the pod's node. If none knows the pod, or more than one does, that has been printed, and the exit status is
+/// returned.
+async fn agent_of<'a>(
+    agents: &'a Agents,
+    pod: &str,
+    changes: bool,
+) -> Result<Result<&'a RemoteAgent, u8>> {
+    match agents.of_pod(pod).await? {
+        Some(agent) => Ok(Ok(agent)),
+        None if changes => {
+            bail!("the API server knows no pod {pod}; give its whole name, or NAMESPACE/NAME")
         }
         // A pod that is gone, or only the beginning of a name: an agent may know it.
-        first_success(agents.all(), &self.remote).await
+        None => Ok(find::by_agents(agents, pod).await),
     }
 }
 
-/// Prints the output of the first agent that succeeds, or the errors of all.
-async fn first_success(agents: &[RemoteAgent], args: &[String]) -> Result<u8> {
-    let mut failed = Vec::new();
-    let mut status = NO_ANSWER;
-    for agent in agents {
-        match agent.output(args).await {
-            Ok(output) if output.status == 0 => {
-                super::output::print(&output.stdout)?;
-                let _ = io::stderr().write_all(output.stderr.as_bytes());
-                return Ok(0);
-            }
-            Ok(output) => {
-                status = output.status;
-                failed.push(format!("{}: {}", agent.node, output.stderr.trim_end()));
-            }
-            Err(e) => failed.push(format!("{}: {e:#}", agent.node)),
-        }
+/// The same for a watch. With one agent to choose from, the pod need not exist yet.
+async fn watched_agent<'a>(
+    agents: &'a Agents,
+    pod: Option<&str>,
+) -> Result<Result<&'a RemoteAgent, u8>> {
+    match (agents.only(), pod) {
+        (Err(_), Some(pod)) => agent_of(agents, pod, false).await,
+        (only, _) => Ok(Ok(only?)),
     }
-    let _ = writeln!(io::stderr(), "{}", failed.join("\n"));
-    Ok(status)
-}
-
-/// Runs a verb on each node after another, below the node's name. Returns the highest exit status.
-async fn each_node(agents: &Agents, args: &[String]) -> u8 {
-    let mut status = 0;
-    for agent in agents.all() {
-        let _ = super::output::print(&format!("node {}:\n", agent.node));
-        status = status.max(agent.print(args).await.unwrap_or_else(|e| {
-            let _ = writeln!(io::stderr(), "{}: {e:#}", agent.node);
-            NO_ANSWER
-        }));
-    }
-    status
 }
 
 /// The pod that `--peer` names.
@@ -187,19 +178,26 @@ fn route(verb: &CliVerb) -> Result<Route, OtherNamespace> {
         let pod = scope.pod(pod)?;
         Ok(Route::Pod { pod, changes })
     };
+    let list = |table: &TableFlags, pod: &Option<String>, watch: bool| {
+        // The pods of an owner may run on any node.
+        let pod = pod.as_ref().filter(|pod| OwnerRef::parse(pod).is_none());
+        let pod = pod.map(|pod| table.view.scope.pod(pod)).transpose()?;
+        Ok(match (pod, watch) {
+            // A watch never ends, so it can't be added up.
+            (pod, true) => Route::Watch { pod },
+            (Some(pod), false) => Route::Pod {
+                pod,
+                changes: false,
+            },
+            (None, false) => Route::AllNodes,
+        })
+    };
     Ok(match verb {
-        // A watch never ends, so it can't be added up.
-        CliVerb::Pods(flags) if flags.watch.watch => Route::Terminal,
-        CliVerb::Drains(flags) if flags.watch => Route::Terminal,
-        CliVerb::Flows(flags) if flags.watch.watch => Route::Terminal,
-        CliVerb::Pods(_) | CliVerb::Drains(_) => Route::List,
-        CliVerb::Flows(flags) => match &flags.pod {
-            Some(pod) if OwnerRef::parse(pod).is_none() => {
-                return to_pod(&flags.table.view.scope, pod, false);
-            }
-            // The pods of an owner may run on any node.
-            _ => Route::List,
-        },
+        CliVerb::Pods(flags) => return list(&flags.table, &flags.pod, flags.watch.watch),
+        CliVerb::Flows(flags) => return list(&flags.table, &flags.pod, flags.watch.watch),
+        CliVerb::Drains(flags) if flags.watch => return list(&flags.table, &flags.pod, true),
+        // The pods of drains may be gone.
+        CliVerb::Drains(_) => Route::AllNodes,
         CliVerb::Drain(flags) => return to_pod(&flags.view.scope, &flags.pod, false),
         // The wait begins the pod's drain.
         CliVerb::Wait(flags) => return to_pod(&flags.view.scope, &flags.pod, true),
@@ -207,10 +205,9 @@ fn route(verb: &CliVerb) -> Result<Route, OtherNamespace> {
         CliVerb::Release(flags) => return to_pod(&flags.view.scope, &flags.pod, true),
         CliVerb::Doctor(flags) => match &flags.pod {
             Some(pod) => return to_pod(&flags.view.scope, pod, false),
-            None => Route::EachNode,
+            None => Route::AllNodes,
         },
-        // Each agent knows the drains of its node only, and percentiles can't be added up.
-        CliVerb::Advise(_) | CliVerb::Version(_) => Route::EachNode,
+        CliVerb::Advise(_) | CliVerb::Version(_) => Route::AllNodes,
         CliVerb::Top(_) => Route::Terminal,
         CliVerb::Agent(_)
         | CliVerb::InstallCri(_)
@@ -303,11 +300,30 @@ mod tests {
             route(&wait.verb).unwrap(),
             Route::Pod { changes: true, .. }
         ));
-        let watch = plugin(&["kubectl-ebb", "drains", "-w", "--node", "a"]);
-        assert!(matches!(route(&watch.verb).unwrap(), Route::Terminal));
-        let owner = plugin(&["kubectl-ebb", "flows", "deploy/web"]);
-        assert!(matches!(route(&owner.verb).unwrap(), Route::List));
         let agent = plugin(&["kubectl-ebb", "man"]);
         assert!(matches!(route(&agent.verb).unwrap(), Route::Nowhere));
+    }
+
+    #[test]
+    fn a_list_comes_from_all_nodes_unless_it_names_a_pod_or_is_a_watch() {
+        let of = |args: &[&str]| route(&plugin(&[&["kubectl-ebb"], args].concat()).verb).unwrap();
+        for verb in ["pods", "flows"] {
+            assert!(matches!(of(&[verb]), Route::AllNodes), "{verb}");
+            assert!(matches!(of(&[verb, "deploy/web"]), Route::AllNodes));
+            let named = of(&[verb, "web-0", "-n", "shop"]);
+            assert!(matches!(named, Route::Pod { pod, .. } if pod == "shop/web-0"));
+        }
+        assert!(matches!(of(&["drains", "shop/web-0"]), Route::AllNodes));
+        for verb in ["doctor", "advise", "version"] {
+            assert!(matches!(of(&[verb]), Route::AllNodes), "{verb}");
+        }
+        for verb in ["pods", "flows", "drains"] {
+            assert!(matches!(of(&[verb, "-w"]), Route::Watch { pod: None }));
+            let owner = of(&[verb, "-w", "deploy/web"]);
+            assert!(matches!(owner, Route::Watch { pod: None }), "{verb}");
+            let named = of(&[verb, "-w", "shop/web-0"]);
+            let is_named = |pod: &str| pod == "shop/web-0";
+            assert!(matches!(named, Route::Watch { pod: Some(pod) } if is_named(&pod)));
+        }
     }
 }

@@ -56,11 +56,13 @@ enum CliVerb {
     #[command(after_help = drains::LEGEND)]
     Drains(drains::DrainsFlags),
     /// Show what would hold a pod if it were deleted now.
+    #[command(after_help = flows::LEGEND)]
     Drain(drain::DrainFlags),
     /// Wait until a pod has drained, and print the report of its drain. Exit status 13: it has not.
     ///
     /// The drain begins with the wait, as with a preStop hook. If the API server says that the pod is not being deleted, the
     /// wait ends soon, and nothing is closed or cut. Delete the pod first, or run `kubectl delete --wait=false`.
+    #[command(after_help = drains::LEGEND)]
     Wait(wait::WaitFlags),
     /// Advise on grace periods and annotations, from the drains that the agent remembers.
     #[command(after_help = advise::LEGEND)]
@@ -154,6 +156,7 @@ impl ConnectFlags {
 
 #[cfg(test)]
 mod tests {
+    use clap::{Command, CommandFactory as _};
     use ebb_core::flow::FlowState;
     use ebb_protocol::{
         table::{self, RenderedTable, TableStyle},
@@ -183,8 +186,15 @@ mod tests {
         cells.filter(|cell| !cell.is_empty()).collect()
     }
 
+    /// The end of the help of a verb.
+    fn legend(verb: &str) -> String {
+        let ebb = Cli::command();
+        let help = ebb.find_subcommand(verb).and_then(Command::get_after_help);
+        help.map(ToString::to_string).unwrap_or_default()
+    }
+
     #[test]
-    fn each_column_is_in_the_legend_of_its_table_and_no_other_is() {
+    fn each_column_is_in_the_help_of_each_verb_that_prints_its_table_and_no_other_is() {
         let schema = || SCHEMA.into();
         let pods = PodList {
             schema: schema(),
@@ -199,13 +209,15 @@ mod tests {
             schema: schema(),
             workloads: vec![],
         };
-        for (table, legend) in [
-            (table::pods(&pods, WIDE), pods::LEGEND),
-            (table::flows([].into_iter(), &[], WIDE), flows::LEGEND),
-            (table::drains(&drains, WIDE), drains::LEGEND),
-            (table::advice(&advice, WIDE), advise::LEGEND),
+        for (table, verbs) in [
+            (table::pods(&pods, WIDE), &["pods"][..]),
+            (table::flows([].into_iter(), &[], WIDE), &["flows", "drain"]),
+            (table::drains(&drains, WIDE), &["drains", "wait"]),
+            (table::advice(&advice, WIDE), &["advise"]),
         ] {
-            assert_eq!(explained(legend), headings(&table));
+            for verb in verbs {
+                assert_eq!(explained(&legend(verb)), headings(&table), "{verb}");
+            }
         }
     }
 

@@ -83,25 +83,43 @@ pub(super) trait Document: Serialize {
 
     /// The text for people.
     fn text(&self, style: TableStyle) -> RenderedTable;
+
+    /// What [`Self::lines`] and [`Self::names`] leave out although nothing is known without it, as lines of text.
+    fn left_out(&self) -> Vec<String> {
+        vec![]
+    }
 }
 
 impl OutputFormat {
     /// Prints `document` in this format.
     pub(super) fn print(self, document: &impl Document, no_headers: bool) -> Result<()> {
+        print_table(&self.render(document, no_headers)?)
+    }
+
+    /// `document` in this format, and what to say beside it.
+    pub(super) fn render(
+        self,
+        document: &impl Document,
+        no_headers: bool,
+    ) -> Result<RenderedTable> {
         let style = TableStyle {
             wide: self == Self::Wide,
             no_headers,
         };
-        match self {
-            Self::Table | Self::Wide => print_table(&document.text(style)),
-            Self::Json => print(&(serde_json::to_string_pretty(document)? + "\n")),
+        let elements = |elements: &[String]| RenderedTable {
+            table: lines(elements),
+            notes: document.left_out(),
+        };
+        Ok(match self {
+            Self::Table | Self::Wide => document.text(style),
+            Self::Json => plain(serde_json::to_string_pretty(document)? + "\n"),
             Self::Yaml => {
                 let text = serde_saphyr::to_string(document);
-                print(&text.context("can't write the answer as YAML")?)
+                plain(text.context("can't write the answer as YAML")?)
             }
-            Self::Jsonl => print(&lines(&document.lines()?)),
-            Self::Name => print(&lines(&document.names())),
-        }
+            Self::Jsonl => elements(&document.lines()?),
+            Self::Name => elements(&document.names()),
+        })
     }
 }
 
@@ -152,9 +170,13 @@ fn lines(lines: &[String]) -> String {
 /// Prints a table to standard output, and its notes to standard error, so that a program reads rows only.
 pub(super) fn print_table(rendered: &RenderedTable) -> Result<()> {
     print(&rendered.table)?;
-    // Without a reader of standard error the notes are of no use.
-    let _ = io::stderr().write_all(lines(&rendered.notes).as_bytes());
+    print_notes(&rendered.notes);
     Ok(())
+}
+
+/// Prints lines to standard error. Without a reader they are of no use, so a failure is no error.
+pub(super) fn print_notes(notes: &[String]) {
+    let _ = io::stderr().write_all(lines(notes).as_bytes());
 }
 
 /// Writes to standard output.

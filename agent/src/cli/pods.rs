@@ -30,9 +30,9 @@ With -o wide:
 
 #[derive(Args)]
 pub(super) struct PodsFlags {
-    /// List only the pods of this owner, such as deploy/web, sts/db, ds/log, job/import or cj/report.
-    #[arg(value_name = "OWNER", value_parser = owner)]
-    owner: Option<String>,
+    /// List only this pod: its name, NAMESPACE/NAME or UID; or the pods of this owner, such as deploy/web, sts/db, ds/log,
+    /// job/import or cj/report.
+    pub(super) pod: Option<String>,
     #[command(flatten)]
     pub(super) table: TableFlags,
     /// List only pods with these labels: app=web,tier!=cache,!debug,zone in (a,b).
@@ -65,27 +65,18 @@ impl PodsFlags {
     }
 }
 
-/// Checks the name of an owner. The agent parses it again.
-fn owner(text: &str) -> Result<String, String> {
-    let owner: Option<OwnerRef> = OwnerRef::parse(text);
-    owner.map(|_| text.to_owned()).ok_or_else(|| {
-        format!(
-            "not an owner; write KIND/NAME, where KIND is one of {}",
-            OwnerRef::KINDS
-        )
-    })
-}
-
 /// Checks a label selector. The agent parses it again.
 pub(super) fn selector(text: &str) -> Result<String, String> {
     text.parse::<LabelSelector>().map(|_| text.to_owned())
 }
 
 pub(super) async fn run(flags: &PodsFlags) -> Result<()> {
+    let is_owner = |name: &String| OwnerRef::parse(name).is_some();
     let query = PodQuery {
+        pod: flags.pod.clone().filter(|name| !is_owner(name)),
+        owner: flags.pod.clone().filter(is_owner),
         namespace: flags.table.view.scope.namespace.clone(),
         labels: flags.selector.clone(),
-        owner: flags.owner.clone(),
     };
     let path = format!("/v1/pods?{}", serde_urlencoded::to_string(query)?);
     let client = flags.table.view.agent.client();

@@ -20,7 +20,7 @@ pub(super) struct VersionFlags {
     agent: ConnectFlags,
     /// The format of the output.
     #[arg(short, long, value_enum, default_value_t)]
-    output: OutputFormat,
+    pub(super) output: OutputFormat,
 }
 
 pub(super) async fn run(flags: &VersionFlags) -> Result<()> {

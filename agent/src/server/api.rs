@@ -2,7 +2,7 @@
 //!
 //! | request | answer |
 //! | --- | --- |
-//! | `GET /v1/pods` with [`PodQuery`] | [`PodList`] |
+//! | `GET /v1/pods` with [`PodQuery`] | [`PodList`], or 404 (it names no pod, or several) |
 //! | `GET /v1/flows` with [`FlowQuery`] | [`FlowList`] |
 //! | `GET /v1/flows/table` with the same | [`table::RenderedTable`], the text that `ebb flows` prints |
 //! | `GET /v1/drains` with [`DrainQuery`] | [`DrainList`] |
@@ -168,7 +168,7 @@ async fn pods(State(api): State<Arc<Api>>, Query(query): Query<PodQuery>) -> Res
         }
         owner => owner.and_then(|(_, owner)| owner),
     };
-    let filter = match PodFilter::new(query.namespace, query.labels.as_deref(), owner) {
+    let filter = match PodFilter::new(query.namespace.clone(), query.labels.as_deref(), owner) {
         Ok(filter) => filter,
         Err(why) => return problem(StatusCode::BAD_REQUEST, why),
     };
@@ -176,7 +176,14 @@ async fn pods(State(api): State<Arc<Api>>, Query(query): Query<PodQuery>) -> Res
         Ok(table) => table,
         Err(problem) => return problem,
     };
-    let wanted = table.iter().filter(|pod| filter.matches(pod));
+    let pods: Vec<&Arc<Pod>> = match &query.pod {
+        None => table.iter().collect(),
+        Some(name) => match table.find_in(name, query.namespace.as_deref()) {
+            Ok(pod) => vec![pod],
+            Err(e) => return not_found(e),
+        },
+    };
+    let wanted = pods.into_iter().filter(|pod| filter.matches(pod));
     let dumped = dump_all(&api, wanted.cloned().collect());
     let (dumped, rate) = tokio::join!(dumped, api.rates.now());
     let mut pods: Vec<PodView> = dumped

@@ -6,14 +6,15 @@ use std::{
     io::ErrorKind,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::Stdio,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use ebb_core::{
     drain_report::ReleaseReason,
     notification::{SignalOutcome, SignalReport},
 };
-use ebb_protocol::views::{DrainList, FlowList, PodList};
+use ebb_protocol::views::{Diagnosis, DrainList, FlowList, NodeDocuments, PodList};
 use ebb_testkit::{
     api_server::{ApiServer, ApiVerb},
     http,
@@ -27,7 +28,11 @@ use k8s_openapi::api::{
 use libtest_mimic::Trial;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::{process::Command, time::timeout};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::Command,
+    time::timeout,
+};
 
 use crate::{
     agent::{NODE_NAME, Proxy},
@@ -322,6 +327,28 @@ async fn answers_kubectl_ebb(
         "the modes stay"
     );
 
+    // The name is only the beginning of a pod's, so the API server does not know it.
+    let prefix = ["flows", "under-daemonset-h", "-o", "name"];
+    let prefix = kubectl_ebb(&prefix).await?;
+    ensure!(
+        prefix.stdout == b"default/under-daemonset-host\n",
+        "{prefix:?}"
+    );
+    // A document by node, also if a check fails.
+    let doctor = kubectl_ebb(&["doctor", "-o", "json"]).await?;
+    let doctor: NodeDocuments<Diagnosis> =
+        serde_json::from_slice(&doctor.stdout).with_context(|| format!("{doctor:?}"))?;
+    let [of_node] = &doctor.nodes[..] else {
+        bail!("{doctor:?}");
+    };
+    ensure!(of_node.node == NODE_NAME && !of_node.document.checks.is_empty());
+    let version = kubectl_ebb(&["version"]).await?;
+    let heading = format!("node {NODE_NAME}:\nebb ");
+    ensure!(
+        version.stdout.starts_with(heading.as_bytes()),
+        "{version:?}"
+    );
+
     let mut elsewhere = agent.spec.clone();
     elsewhere.name = "ebb-elsewhere".into();
     cluster.api.create(&elsewhere, "node-b");
@@ -332,8 +359,50 @@ async fn answers_kubectl_ebb(
         "{drains:?}"
     );
     ensure!(drains.stdout.starts_with(b"NAMESPACE"), "{drains:?}");
+    // Of two nodes, a watch is on that of its pod.
+    let mut command = Command::new(&plugin);
+    command.args([
+        "flows",
+        "default/under-daemonset-host",
+        "-w",
+        "--kubeconfig",
+    ]);
+    command.arg(&kubeconfig).stdin(Stdio::null());
+    ends_with_its_client(command).await?;
     cluster.api.remove(&elsewhere);
     Ok(())
+}
+
+/// A watch needs no terminal. When its client is killed, no process is left in the agent's container.
+async fn ends_with_its_client(mut kubectl_ebb: Command) -> Result<()> {
+    let mut watch = kubectl_ebb
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let stdout = watch.stdout.take().context("no output")?;
+    let mut lines = BufReader::new(stdout).lines();
+    for start in ["NAMESPACE", "default"] {
+        let line = timeout(SOON, lines.next_line()).await??;
+        ensure!(line.is_some_and(|line| line.starts_with(start)), "{start}");
+    }
+    ensure!(remote_watches()? == 1, "{}", remote_watches()?);
+    watch.kill().await?;
+    eventually("the remote watch ends", async || {
+        Ok((remote_watches()? == 0).then_some(()))
+    })
+    .await
+}
+
+/// How many `ebb` processes are the other end of a watch by `kubectl ebb`.
+fn remote_watches() -> Result<usize> {
+    let mut found = 0;
+    for entry in fs::read_dir("/proc")? {
+        // Other files, and processes that have ended meanwhile.
+        let command = fs::read(entry?.path().join("cmdline")).unwrap_or_default();
+        let mut words = command.split(|byte| *byte == 0);
+        found += usize::from(words.any(|word| word == b"--until-stdin-ends"));
+    }
+    Ok(found)
 }
 
 /// Runs a verb in the agent's container, as `kubectl exec` does.

@@ -49,6 +49,14 @@ async fn pods(scene: Scene) -> Result<()> {
     );
     let one = lines(&agent, &["pods", "-l", "list=ed,tier!=back", "-o", "name"]).await?;
     ensure!(one == ["default/listed-a"], "{one:?}");
+    for pod in ["listed-a", "default/listed-a", "listed-"] {
+        let verb = ["pods", pod, "-l", "tier=front", "-o", "name"];
+        let named = agent.verb(&verb).await?;
+        match pod {
+            "listed-" => ensure!(named.status.code() == Some(10), "{named:?}"),
+            _ => ensure!(named.stdout == b"default/listed-a\n", "{named:?}"),
+        }
+    }
     let none = lines(&agent, &["pods", "-n", "elsewhere", "-o", "name"]).await?;
     ensure!(none.is_empty(), "{none:?}");
 
@@ -143,6 +151,10 @@ async fn drains(scene: Scene) -> Result<()> {
         "{rows:?}"
     );
     ensure!(rows[1].ends_with("drained"), "{rows:?}");
+    // No drain and no such pod look alike.
+    let typo = agent.verb(&["drains", "drain-lsited"]).await?;
+    let note = String::from_utf8(typo.stderr)?;
+    ensure!(note.starts_with("no drain of drain-lsited"), "{note}");
     let none = lines(&agent, &["drains", "--since", "0s", "--no-headers"]).await?;
     ensure!(none.is_empty(), "{none:?}");
     let none = lines(&agent, &["drains", "-n", "elsewhere", "-o", "name"]).await?;

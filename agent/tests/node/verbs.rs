@@ -1,6 +1,10 @@
 //! `ebb drain --dry-run`, `ebb wait` and `--watch`.
 
-use std::{io::BufRead as _, process::Stdio, time::Duration};
+use std::{
+    io::{BufRead as _, Read},
+    process::Stdio,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use ebb_core::drain_report::{ReleaseReason, Report};
@@ -155,21 +159,34 @@ async fn wait_for_nothing(scene: Scene) -> Result<()> {
 struct Watching {
     child: std::process::Child,
     lines: std::sync::mpsc::Receiver<String>,
+    notes: std::sync::mpsc::Receiver<String>,
+}
+
+/// The lines of a stream as they come.
+fn lines(stream: impl Read + Send + 'static) -> std::sync::mpsc::Receiver<String> {
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in std::io::BufReader::new(stream)
+            .lines()
+            .map_while(Result::ok)
+        {
+            let _ = sender.send(line);
+        }
+    });
+    lines
 }
 
 impl Watching {
     fn start(agent: &Agent, verb: &[&str]) -> Result<Self> {
         let mut command = std::process::Command::new(EBB);
         command.args(verb).arg("--agent").arg(agent.socket());
-        let mut child = command.stdout(Stdio::piped()).spawn()?;
-        let out = child.stdout.take().context("no output")?;
-        let (sender, lines) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in std::io::BufReader::new(out).lines().map_while(Result::ok) {
-                let _ = sender.send(line);
-            }
-        });
-        Ok(Self { child, lines })
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn()?;
+        Ok(Self {
+            lines: lines(child.stdout.take().context("no output")?),
+            notes: lines(child.stderr.take().context("no errors")?),
+            child,
+        })
     }
 
     /// The next line for which `find` returns something.
@@ -199,6 +216,7 @@ async fn watch(scene: Scene) -> Result<()> {
     let proxy = scene.proxy(&agent).await?;
     let spec = PodSpec::new("watched")
         .label("watch", "ed")
+        .annotation("ebb.dev/untill", "idle")
         .container(server("app", 8080));
     let pod = scene.run(spec).await?;
     let verb = ["pods", "-l", "watch=ed", "-w", "--interval", "500ms"];
@@ -246,6 +264,11 @@ async fn watch(scene: Scene) -> Result<()> {
     let ended = |line: &str| line.ends_with("drained").then(|| line.to_owned());
     let row = table.find("its row", ended).await?;
     ensure!(row.starts_with("default"), "{row}");
+    // The annotation's warning is in the report.
+    eventually("its note", async || {
+        Ok(table.notes.try_iter().find(|note| note.contains("untill")))
+    })
+    .await?;
     Ok(())
 }
 
@@ -273,7 +296,7 @@ async fn owners(scene: Scene) -> Result<()> {
     );
     agent.query(&["flows", "deploy/owned"]).await?;
     let out = agent.verb(&["pods", "shop/owned"]).await?;
-    ensure!(out.status.code() == Some(2), "{out:?}");
+    ensure!(out.status.code() == Some(10), "a pod: {out:?}");
     waited(&agent, &[both[0]]).await?;
     ensure!(names(&["drains", "deploy/owned"]).await? == both[..1]);
     agent.stop().await

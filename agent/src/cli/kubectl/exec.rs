@@ -13,7 +13,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::agents::RemoteAgent;
+use super::{super::follow::UNTIL_STDIN_ENDS, agents::RemoteAgent};
 
 /// The container of the agent's pod, and the program in it (deploy/daemonset.yaml, deploy/Containerfile).
 const CONTAINER: &str = "agent";
@@ -21,6 +21,15 @@ const PROGRAM: &str = "/usr/local/bin/ebb";
 
 /// How many bytes of each stream may wait to be read.
 const BUFFER: usize = 64 << 10;
+
+/// The standard input of a remote command.
+enum Stdin {
+    None,
+    /// Without data. It ends with this process.
+    Open,
+    /// This terminal.
+    Terminal,
+}
 
 /// What a finished command has written.
 pub(super) struct RemoteOutput {
@@ -33,7 +42,7 @@ pub(super) struct RemoteOutput {
 impl RemoteAgent {
     /// Runs `ebb` with these arguments and returns what it has written.
     pub(super) async fn output(&self, args: &[String]) -> Result<RemoteOutput> {
-        let mut process = self.start(args, false).await?;
+        let mut process = self.start(args, Stdin::None).await?;
         let (stdout, stderr) = (process.stdout(), process.stderr());
         let (stdout, stderr) = tokio::try_join!(read(stdout), read(stderr))?;
         Ok(RemoteOutput {
@@ -45,18 +54,18 @@ impl RemoteAgent {
 
     /// Runs `ebb` with these arguments and prints what it writes, as it comes. Returns its exit status.
     pub(super) async fn print(&self, args: &[String]) -> Result<u8> {
-        let mut process = self.start(args, false).await?;
-        let (stdout, stderr) = (process.stdout(), process.stderr());
-        tokio::try_join!(
-            pass_on(stdout, tokio::io::stdout()),
-            pass_on(stderr, tokio::io::stderr())
-        )?;
-        status(process).await
+        print_streams(self.start(args, Stdin::None).await?).await
+    }
+
+    /// The same for a watch, which ends only when this process does: the remote `ebb` has then lost its standard input.
+    pub(super) async fn print_watch(&self, args: &[String]) -> Result<u8> {
+        let args = [args, &[format!("--{UNTIL_STDIN_ENDS}")]].concat();
+        print_streams(self.start(&args, Stdin::Open).await?).await
     }
 
     /// Runs `ebb` with these arguments on this terminal. Returns its exit status.
     pub(super) async fn with_terminal(&self, args: &[String]) -> Result<u8> {
-        let mut process = self.start(args, true).await?;
+        let mut process = self.start(args, Stdin::Terminal).await?;
         let _raw = RawMode::set()?;
         let sizes = process.terminal_size().map(|mut to| async move {
             let mut changes = signal(SignalKind::window_change())?;
@@ -84,11 +93,12 @@ impl RemoteAgent {
         status(process).await
     }
 
-    async fn start(&self, args: &[String], terminal: bool) -> Result<AttachedProcess> {
+    async fn start(&self, args: &[String], stdin: Stdin) -> Result<AttachedProcess> {
+        let terminal = matches!(stdin, Stdin::Terminal);
         let command = [PROGRAM].into_iter().chain(args.iter().map(String::as_str));
         let params = AttachParams {
             container: Some(CONTAINER.into()),
-            stdin: terminal,
+            stdin: !matches!(stdin, Stdin::None),
             stdout: true,
             // A terminal is one stream.
             stderr: !terminal,
@@ -115,16 +125,28 @@ async fn read(stream: Option<impl AsyncRead + Unpin>) -> io::Result<String> {
     String::from_utf8(text).map_err(io::Error::other)
 }
 
+/// Prints what the process writes, as it comes. Returns its exit status, or 0 as soon as the reader of standard output
+/// (`head`, a pager) has closed the pipe: that is no error, and a watch would never end.
+async fn print_streams(mut process: AttachedProcess) -> Result<u8> {
+    let (stdout, stderr) = (process.stdout(), process.stderr());
+    let notes = async {
+        // Without a reader of standard error the notes are of no use.
+        let _ = pass_on(stderr, tokio::io::stderr()).await;
+        Ok(())
+    };
+    match tokio::try_join!(pass_on(stdout, tokio::io::stdout()), notes) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(0),
+        printed => printed?,
+    };
+    status(process).await
+}
+
 async fn pass_on(
     from: Option<impl AsyncRead + Unpin>,
     mut to: impl AsyncWrite + Unpin,
 ) -> io::Result<()> {
     let Some(mut from) = from else { return Ok(()) };
-    match copy(&mut from, &mut to).await {
-        // The reader (`head`, a pager) has closed the pipe.
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        copied => copied.map(drop),
-    }
+    copy(&mut from, &mut to).await.map(drop)
 }
 
 /// The exit status of a process that has closed its streams.

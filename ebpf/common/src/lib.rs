@@ -69,6 +69,9 @@ pub struct WorkloadKey {
 }
 const _: () = assert!(size_of::<WorkloadKey>() == 16);
 
+/// How many workloads have counters.
+pub const WORKLOADS_MAX: u32 = 8192;
+
 /// Counters of one workload's accepted connections. They start at the first opening or closing that the programs see.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

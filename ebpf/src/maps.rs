@@ -3,17 +3,20 @@
 use aya_ebpf::{
     Global,
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LruHashMap, RingBuf},
+    btf_maps::{Array, HashMap, RingBuf},
     macros::btf_map,
 };
 use ebb_common::{
     FlowEvent, INSPECTIONS, InspectQueries, InspectResults, KubeletCgroups, LOSSES, Offsets,
-    PROBE_DIALS, ProbeDial, STAMPS, Workload, WorkloadKey, WorkloadWatch,
+    PROBE_DIALS, ProbeDial, STAMPS, WORKLOADS_MAX, Workload, WorkloadKey, WorkloadWatch,
 };
 
-/// Counters by workload. When the map is full, the workload that was not used for the longest time is evicted.
+/// Counters by workload. The agent removes those whose cgroup is gone. When the map is full, changes of further
+/// workloads are counted as lost (`LOST_COUNT`). An LRU map would evict counters in silence, and the agent would take a
+/// busy pod for one without clients.
 #[btf_map]
-pub(crate) static WORKLOADS: LruHashMap<WorkloadKey, Workload, 8192> = LruHashMap::new();
+pub(crate) static WORKLOADS: HashMap<WorkloadKey, Workload, { WORKLOADS_MAX as usize }> =
+    HashMap::new();
 
 /// Opening times of connections: see `ebb_common::StampKey`.
 #[btf_map]

@@ -2,8 +2,8 @@
 
 use std::{fs, io, time::Duration};
 
-use ebb_common::{LOST_COUNT, Workload};
-use ebb_core::{arrivals::Arrivals, clock::BootTime, ids::NetnsInode, scope::Scope};
+use ebb_common::LOST_COUNT;
+use ebb_core::{arrivals::Arrivals, clock::BootTime, scope::Scope};
 
 use super::tracker::TrackerState;
 
@@ -24,11 +24,14 @@ impl TrackerState {
             return Ok(None);
         }
         let since = self.started.max(process_start(pid)?);
-        let workloads = self.workloads_of(inode)?;
+        // A workload without counters had no client: the agent removes only counters that would say so (`gone_workloads`),
+        // and if the programs can't add some, counts are lost.
+        let workloads = self.programs.all_counters(|key| key.netns == inode.0)?;
         // Last, so that no opening is later.
         let jiffies = self.programs.inspector.jiffies()?;
         let observed = BootTime::now().since(since);
-        let called = workloads.iter().filter(|w| w.last_opened != 0);
+        let called = workloads.iter().map(|(_, w)| w);
+        let called = called.filter(|w| w.last_opened != 0);
         let gaps = called.map(|w| {
             let silence = jiffies.saturating_sub(w.last_opened);
             let silence = silence.saturating_mul(nanoseconds(self.programs.inspector.jiffy()));
@@ -40,18 +43,6 @@ impl TrackerState {
             // than the time since a start just now.
             gap: gaps.min().map(|gap| gap.min(observed)),
         }))
-    }
-
-    fn workloads_of(&self, netns: NetnsInode) -> io::Result<Vec<Workload>> {
-        let map = &self.programs.workloads;
-        let mut found = Vec::new();
-        for key in map.keys() {
-            let key = key.map_err(io::Error::other)?;
-            if key.netns == netns.0 {
-                found.extend(map.get(&key, 0).ok());
-            }
-        }
-        Ok(found)
     }
 }
 

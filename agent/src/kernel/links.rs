@@ -14,14 +14,15 @@ use rustix::net::{
 
 use super::{
     cursor::Cursor,
-    sock_diag::{next_attribute, next_message},
+    sock_diag::{Message, NLMSG_DONE, NLMSG_ERROR, next_attribute, next_message, reply_error},
 };
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
+/// The links changed during the dump, so that some may be missing (`nl_dump_check_consistent` in
+/// include/net/netlink.h).
+const NLM_F_DUMP_INTR: u16 = 0x10;
 
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
@@ -32,6 +33,36 @@ const IFLA_INFO_KIND: u16 = 1;
 const IFF_UP: u32 = 1;
 
 const SEQUENCE: u32 = 1;
+
+/// How often the links are listed again if they change meanwhile.
+const ATTEMPTS: usize = 5;
+
+/// The kinds of links whose other end is a virtual machine, a process or another node. A namespace that forwards
+/// traffic and has such a link passes traffic through it. Those that the kernel makes in each namespace (`tunl0`,
+/// `sit0`, …) are down.
+const TUNNELS: &[&str] = &[
+    "amt",
+    "bareudp",
+    "erspan",
+    "geneve",
+    "gre",
+    "gretap",
+    "gtp",
+    "ip6erspan",
+    "ip6gre",
+    "ip6gretap",
+    "ip6tnl",
+    "ipip",
+    "ovpn",
+    "ppp",
+    "sit",
+    "tun",
+    "vti",
+    "vti6",
+    "vxlan",
+    "wireguard",
+    "xfrm",
+];
 
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,23 +82,27 @@ struct Link {
 /// suggests it.
 ///
 /// The sysctl alone says nothing, because a new namespace inherits the host's setting. The signs are a bridge with a
-/// port, or, with forwarding on, a link to a virtual machine or VPN, or veths to more than one other namespace.
+/// port, or, with forwarding on, a tap or tunnel ([`TUNNELS`]), or veths to more than one other namespace.
 ///
-/// A namespace in which nothing of the pod listens also forwards traffic if it tracks connections.
+/// A namespace in which nothing of the pod listens also forwards traffic if it tracks connections. One whose links can't
+/// be listed may forward traffic, too.
 pub(super) fn forwards(listens: bool) -> Option<String> {
     let is_forwarding = is_forwarding();
-    // Not knowing the links is no reason to fail: the sockets are known.
-    let links = links().unwrap_or_else(|e| {
-        tracing::debug!("can't list the links of a pod: {e}");
-        vec![]
-    });
     let by_table = || {
         (is_forwarding && !listens && tracks_connections()).then(|| {
             "its namespace forwards traffic and tracks connections, and nothing listens in it"
                 .into()
         })
     };
-    why_forwards(&links, is_forwarding).or_else(by_table)
+    let by_links = match links() {
+        Ok(links) => why_forwards(&links, is_forwarding),
+        Err(e) => Some(unlisted(&e)),
+    };
+    by_links.or_else(by_table)
+}
+
+fn unlisted(e: &io::Error) -> String {
+    format!("the links of its namespace can't be listed ({e})")
 }
 
 fn why_forwards(links: &[Link], is_forwarding: bool) -> Option<String> {
@@ -86,10 +121,11 @@ fn why_forwards(links: &[Link], is_forwarding: bool) -> Option<String> {
     if !is_forwarding {
         return None;
     }
-    if let Some(tun) = links.iter().find(|l| l.kind == "tun") {
+    let is_tunnel = |l: &&Link| TUNNELS.contains(&l.kind.as_str());
+    if let Some(tunnel) = links.iter().find(is_tunnel) {
         return Some(format!(
             "its namespace forwards traffic and has the tap or tunnel {}",
-            tun.name
+            tunnel.name
         ));
     }
     let is_veth = |l: &&Link| l.kind == "veth";
@@ -124,6 +160,16 @@ fn is_forwarding() -> bool {
 
 /// The links of the calling thread's namespace that are up.
 fn links() -> io::Result<Vec<Link>> {
+    for _ in 0..ATTEMPTS {
+        if let Some(links) = dump_links()? {
+            return Ok(links);
+        }
+    }
+    Err(io::Error::other("they change all the time"))
+}
+
+/// As [`links`]; `None` if they have changed meanwhile.
+fn dump_links() -> io::Result<Option<Vec<Link>>> {
     let fd = socket_with(
         AddressFamily::NETLINK,
         SocketType::DGRAM,
@@ -135,28 +181,49 @@ fn links() -> io::Result<Vec<Link>> {
     sockopt::set_socket_timeout(&fd, sockopt::Timeout::Recv, Some(Duration::from_secs(5)))?;
     send(&fd, &request(), SendFlags::empty())?;
     let mut buffer = vec![0; 64 * 1024];
-    let mut links = Vec::new();
-    loop {
+    let mut reply = LinkReply::default();
+    while !reply.is_complete {
         // With TRUNC, `n` is the length of the datagram even if the buffer is too short for it.
         let (_, n) = recv(&fd, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
-        let mut rest = Cursor(buffer.get(..n).ok_or(io::ErrorKind::InvalidData)?);
-        while !rest.0.is_empty() {
-            let (kind, sequence, mut body) =
-                next_message(&mut rest).ok_or(io::ErrorKind::InvalidData)?;
+        reply.read(Cursor(buffer.get(..n).ok_or(io::ErrorKind::InvalidData)?))?;
+    }
+    Ok((!reply.is_inconsistent).then_some(reply.links))
+}
+
+/// What has arrived of the reply to a [`request`].
+#[derive(Debug, Default)]
+struct LinkReply {
+    links: Vec<Link>,
+    is_complete: bool,
+    is_inconsistent: bool,
+}
+
+impl LinkReply {
+    fn read(&mut self, mut datagram: Cursor<'_>) -> io::Result<()> {
+        while !datagram.0.is_empty() && !self.is_complete {
+            let Message {
+                kind,
+                flags,
+                sequence,
+                body,
+            } = next_message(&mut datagram).ok_or(io::ErrorKind::InvalidData)?;
+            if sequence != SEQUENCE {
+                continue;
+            }
+            self.is_inconsistent |= flags & NLM_F_DUMP_INTR != 0;
             match kind {
-                _ if sequence != SEQUENCE => {}
-                NLMSG_DONE => return Ok(links),
-                NLMSG_ERROR => {
-                    let errno = body.u32().map_or(0, u32::cast_signed);
-                    return Err(io::Error::from_raw_os_error(-errno));
+                NLMSG_DONE | NLMSG_ERROR => {
+                    reply_error(body)?;
+                    self.is_complete = true;
                 }
                 RTM_NEWLINK => {
                     let link = link(body).ok_or(io::ErrorKind::InvalidData)?;
-                    links.extend(Some(link).filter(|link| link.is_up));
+                    self.links.extend(Some(link).filter(|link| link.is_up));
                 }
                 _ => {}
             }
         }
+        Ok(())
     }
 }
 
@@ -257,6 +324,68 @@ mod tests {
             assert!(why_forwards(links, true).is_some());
             assert_eq!(why_forwards(links, false), None);
         }
+    }
+
+    #[test]
+    fn with_forwarding_on_a_tunnel_suggests_it() {
+        for kind in ["wireguard", "ipip", "gre", "vxlan"] {
+            let links = [link(1, ""), veth(2, 0), link(3, kind)];
+            let why = why_forwards(&links, true).unwrap();
+            assert!(why.contains(&format!("{kind}3")), "{why}");
+            assert_eq!(why_forwards(&links, false), None);
+        }
+    }
+
+    const DONE: i32 = 0;
+
+    fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + body.len()).unwrap();
+        let mut m = length.to_ne_bytes().to_vec();
+        m.extend(kind.to_ne_bytes());
+        m.extend(flags.to_ne_bytes());
+        m.extend(SEQUENCE.to_ne_bytes());
+        m.extend([0; 4]);
+        m.extend(body);
+        m
+    }
+
+    /// `struct ifinfomsg`.
+    fn link_message(index: u32, flags: u32) -> Vec<u8> {
+        let body = [0, index, flags, 0].map(u32::to_ne_bytes).concat();
+        message(RTM_NEWLINK, 0, &body)
+    }
+
+    fn read(datagram: &[u8]) -> io::Result<LinkReply> {
+        let mut reply = LinkReply::default();
+        reply.read(Cursor(datagram)).map(|()| reply)
+    }
+
+    #[test]
+    fn a_reply_that_ends_with_an_error_is_no_short_list() {
+        let [first, done] = [
+            link_message(1, IFF_UP),
+            message(NLMSG_DONE, 0, &DONE.to_ne_bytes()),
+        ];
+        let whole = read(&[&*first, &done].concat()).unwrap();
+        assert!(whole.is_complete && !whole.is_inconsistent);
+        assert_eq!(whole.links.len(), 1);
+        let failed = message(NLMSG_DONE, 0, &(-12i32).to_ne_bytes());
+        let error = read(&[&*first, &failed].concat()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(12));
+        assert!(!read(&first).unwrap().is_complete);
+    }
+
+    #[test]
+    fn a_reply_during_which_the_links_changed_is_inconsistent() {
+        let done = message(NLMSG_DONE, NLM_F_DUMP_INTR, &DONE.to_ne_bytes());
+        let reply = read(&[link_message(1, IFF_UP), done].concat()).unwrap();
+        assert!(reply.is_complete && reply.is_inconsistent);
+    }
+
+    /// The kernel makes `tunl0`, `sit0` and others in each namespace when their module is loaded.
+    #[test]
+    fn a_link_that_is_down_is_not_listed() {
+        assert!(read(&link_message(1, 0)).unwrap().links.is_empty());
     }
 
     #[test]

@@ -1,6 +1,8 @@
-//! Periodic work: searching for the kubelet's cgroup again.
+//! Periodic work: searching for the kubelet's cgroup again, and removing the counters of workloads that are gone.
 
 use std::{sync::Weak, time::Duration};
+
+use ebb_core::clock::BootTime;
 
 use super::tracker::TrackerState;
 
@@ -14,7 +16,13 @@ pub(super) async fn run(state: Weak<TrackerState>) {
         let Some(state) = state.upgrade() else {
             return;
         };
-        // It fails only if it panics, which is logged. The next search may succeed.
-        let _ = tokio::task::spawn_blocking(move || state.find_kubelet()).await;
+        // It fails only if it panics, which is logged. The next round may succeed.
+        let _ = tokio::task::spawn_blocking(move || {
+            state.find_kubelet();
+            if let Err(e) = state.remove_gone_workloads(BootTime::now()) {
+                tracing::warn!("can't remove the counters of workloads that are gone: {e}");
+            }
+        })
+        .await;
     }
 }

@@ -10,6 +10,7 @@ mod cursor;
 mod dump_limiter;
 mod error;
 mod events;
+mod gone_workloads;
 mod inspector;
 mod kubelet;
 mod links;

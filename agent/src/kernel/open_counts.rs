@@ -53,7 +53,6 @@ impl OpenCounts {
         mut counters: Vec<(WorkloadKey, Workload)>,
     ) -> Vec<WorkloadCount> {
         let keys = counters.iter().map(|(key, _)| *key).collect();
-        self.retain(&keys);
         let without = self.without_counters(&keys).into_iter();
         counters.extend(without.map(|key| (key, Workload::default())));
         counters
@@ -77,14 +76,26 @@ impl OpenCounts {
         u64::try_from(uncounted + balance(counters)).unwrap_or(0)
     }
 
+    /// The workloads that earlier dumps have shown, each with empty counters.
+    pub(super) fn known(&self) -> HashMap<WorkloadKey, Workload> {
+        let uncounted = lock(&self.uncounted);
+        let keys = uncounted.keys();
+        keys.map(|key| (*key, Workload::default())).collect()
+    }
+
     /// The workloads of a namespace that earlier dumps have shown.
-    pub(super) fn known(&self, netns: NetnsInode) -> Vec<WorkloadKey> {
+    pub(super) fn known_in(&self, netns: NetnsInode) -> Vec<WorkloadKey> {
         let uncounted = lock(&self.uncounted);
         uncounted
             .keys()
             .filter(|k| k.netns == netns.0)
             .copied()
             .collect()
+    }
+
+    /// Forgets a workload whose counters are removed.
+    pub(super) fn forget(&self, key: &WorkloadKey) {
+        lock(&self.uncounted).remove(key);
     }
 
     /// Records the dump of a namespace. `before` and `after` are the counters of its workloads before and after the
@@ -119,11 +130,6 @@ impl OpenCounts {
         let open = uncounted.iter().filter(|(_, n)| **n > 0);
         let keys = open.map(|(key, _)| *key);
         keys.filter(|key| !counted.contains(key)).collect()
-    }
-
-    /// Forgets the workloads that have neither counters nor open connections by a dump.
-    fn retain(&self, keys: &HashSet<WorkloadKey>) {
-        lock(&self.uncounted).retain(|key, n| keys.contains(key) || *n > 0);
     }
 }
 
@@ -188,7 +194,7 @@ mod tests {
         record_dump(&counts, 10, counters(3, 1), counters(3, 1));
         assert_eq!(counts.open(&own(), &counters(3, 1)), 10);
         assert_eq!(counts.open(&own(), &counters(5, 9)), 4);
-        assert_eq!(counts.known(NETNS), [own()]);
+        assert_eq!(counts.known_in(NETNS), [own()]);
     }
 
     #[test]
@@ -207,6 +213,17 @@ mod tests {
         let counts = OpenCounts::default();
         record_dump(&counts, 0, counters(1, 3), counters(1, 3));
         assert_eq!(counts.open(&own(), &counters(1, 3)), 0);
+    }
+
+    #[test]
+    fn a_workload_without_counters_is_known_until_it_is_forgotten() {
+        let counts = OpenCounts::default();
+        counts.record_dump(NETNS, &samples(2), &HashMap::new(), |_| None);
+        assert_eq!(counts.known(), HashMap::from([(own(), counters(0, 0))]));
+        assert_eq!(counts.workloads(vec![])[0].open, 2);
+        counts.forget(&own());
+        assert_eq!(counts.known(), HashMap::new());
+        assert_eq!(counts.workloads(vec![]), []);
     }
 
     #[test]

@@ -38,8 +38,9 @@ const TRACK: &str = "track";
 pub(super) struct Programs {
     /// Owns the object: the programs are detached when this is dropped.
     pub(super) inspector: Inspector,
-    /// `maps::WORKLOADS` of the programs.
-    pub(super) workloads: HashMap<MapData, WorkloadKey, Workload>,
+    /// `maps::WORKLOADS` of the programs. Locked, because a removal during an iteration would make the iteration start
+    /// again.
+    workloads: std::sync::Mutex<HashMap<MapData, WorkloadKey, Workload>>,
     pub(super) watches: std::sync::Mutex<Watches>,
     losses: Arc<Array<MapData, u64>>,
     drop_until: std::sync::Mutex<Array<MapData, u64>>,
@@ -108,7 +109,7 @@ impl Programs {
             losses: Arc::clone(&losses),
         };
         let programs = Self {
-            workloads: hash(&mut ebpf, "WORKLOADS")?,
+            workloads: hash(&mut ebpf, "WORKLOADS")?.into(),
             watches: Watches::new(
                 hash(&mut ebpf, "WATCHED")?,
                 array(&mut ebpf, "WATCHED_COUNT")?,
@@ -177,6 +178,33 @@ impl Programs {
             *place = cgroup.0;
         }
         map.set(0, kubelet, 0).map_err(io::Error::other)
+    }
+
+    /// The counters of a workload; `None` if nothing was counted.
+    pub(super) fn counters(&self, key: &WorkloadKey) -> Option<Workload> {
+        lock(&self.workloads).get(key, 0).ok()
+    }
+
+    /// The counters of the workloads whose key is `wanted`. Makes some system calls per workload.
+    pub(super) fn all_counters(
+        &self,
+        wanted: impl Fn(&WorkloadKey) -> bool,
+    ) -> io::Result<Vec<(WorkloadKey, Workload)>> {
+        let map = lock(&self.workloads);
+        let mut found = Vec::new();
+        for key in map.keys() {
+            let key = key.map_err(io::Error::other)?;
+            if wanted(&key) {
+                found.extend(map.get(&key, 0).ok().map(|workload| (key, workload)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes the counters of a workload. The next change starts them again at zero.
+    pub(super) fn remove_counters(&self, key: &WorkloadKey) {
+        // They may not exist.
+        let _ = lock(&self.workloads).remove(key);
     }
 
     /// Losses since the start, by `ebb_common::LOST_…`.
@@ -284,6 +312,8 @@ mod tests {
         time::{Duration, Instant},
     };
 
+    use ebb_common::{LOST_COUNT, WORKLOADS_MAX};
+
     use super::*;
     use crate::linux::netns::Netns;
 
@@ -310,6 +340,38 @@ mod tests {
         // Acknowledgements were never dropped, and the other direction still works.
         server.write_all(b"answer").unwrap();
         client.read_exact(&mut [0; 6]).unwrap();
+    }
+
+    /// A pod without counters has had no client. So none may be evicted, and one that could not be added is a loss.
+    #[test]
+    fn a_full_map_of_counters_keeps_all_and_what_it_can_not_count_is_lost() {
+        let programs = start();
+        // No cgroup has such an id.
+        let key = |n| WorkloadKey {
+            cgroup: u64::MAX - u64::from(n),
+            netns: 0,
+            zero: 0,
+        };
+        let others = |key: &WorkloadKey| key.netns != 0;
+        let lost = || programs.losses().unwrap()[LOST_COUNT as usize];
+        // Connections of other tests take places, too.
+        for _ in 0..100 {
+            for n in 0..WORKLOADS_MAX {
+                let _ = lock(&programs.workloads).insert(key(n), Workload::default(), 0);
+            }
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+            let real = programs.all_counters(others).unwrap();
+            if real.is_empty() && lost() > 0 {
+                break;
+            }
+            real.iter()
+                .for_each(|(key, _)| programs.remove_counters(key));
+        }
+        assert!(lost() > 0);
+        let kept = |n: &u32| programs.counters(&key(*n)).is_some();
+        let kept = (0..WORKLOADS_MAX).filter(kept).count();
+        assert_eq!(kept, WORKLOADS_MAX as usize);
     }
 
     #[test]

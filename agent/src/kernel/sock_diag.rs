@@ -29,8 +29,8 @@ const TCPDIAG_GETSOCK: u16 = 18;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_DUMP: u16 = 0x300;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
+pub(super) const NLMSG_ERROR: u16 = 2;
+pub(super) const NLMSG_DONE: u16 = 3;
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
 const AF_INET: u8 = 2;
@@ -99,13 +99,17 @@ fn read_datagram(
 ) -> io::Result<ReplyPart> {
     let mut part = ReplyPart::Nothing;
     while !rest.0.is_empty() {
-        let (kind, sequence, body) = next_message(&mut rest).ok_or_else(incomplete)?;
+        let Message {
+            kind,
+            sequence,
+            body,
+            ..
+        } = next_message(&mut rest).ok_or_else(incomplete)?;
         if sequence != request {
             continue;
         }
         match kind {
-            // A dump that failed half-way also ends with NLMSG_DONE, but has an error number in it.
-            NLMSG_DONE | NLMSG_ERROR => return error(body).map(|()| ReplyPart::Last),
+            NLMSG_DONE | NLMSG_ERROR => return reply_error(body).map(|()| ReplyPart::Last),
             SOCK_DIAG_BY_FAMILY | TCPDIAG_GETSOCK => each(sample(body).ok_or_else(incomplete)?),
             _ => {}
         }
@@ -121,7 +125,9 @@ fn incomplete() -> io::Error {
     )
 }
 
-fn error(mut body: Cursor<'_>) -> io::Result<()> {
+/// The error in a message of [`NLMSG_ERROR`] or [`NLMSG_DONE`]. A dump that failed half-way also ends with NLMSG_DONE,
+/// but has an error number in it.
+pub(super) fn reply_error(mut body: Cursor<'_>) -> io::Result<()> {
     match body.u32().map(|n| n.cast_signed()) {
         Some(0) => Ok(()),
         Some(errno) => Err(io::Error::from_raw_os_error(-errno)),
@@ -129,17 +135,30 @@ fn error(mut body: Cursor<'_>) -> io::Result<()> {
     }
 }
 
-/// Takes the next netlink message: its type, sequence number and body.
-pub(super) fn next_message<'a>(rest: &mut Cursor<'a>) -> Option<(u16, u32, Cursor<'a>)> {
+/// A netlink message.
+pub(super) struct Message<'a> {
+    pub(super) kind: u16,
+    pub(super) flags: u16,
+    pub(super) sequence: u32,
+    pub(super) body: Cursor<'a>,
+}
+
+/// Takes the next netlink message.
+pub(super) fn next_message<'a>(rest: &mut Cursor<'a>) -> Option<Message<'a>> {
     let mut header = *rest;
     let length = header.u32()? as usize;
     let kind = header.u16()?;
-    header.u16()?; // flags
+    let flags = header.u16()?;
     let sequence = header.u32()?;
     let message = rest.take(length.max(16))?;
     let padding = length.next_multiple_of(4) - length;
     let _ = rest.take(padding.min(rest.0.len()));
-    Some((kind, sequence, Cursor(message.get(16..)?)))
+    Some(Message {
+        kind,
+        flags,
+        sequence,
+        body: Cursor(message.get(16..)?),
+    })
 }
 
 /// Takes the next attribute: its type and value.

@@ -32,8 +32,8 @@ impl TrackerState {
         let netns = self.netns(scope)?;
         let taken_at = BootTime::now();
         let missed_changes = self.programs.missed_changes()?;
-        let counters = |key: &WorkloadKey| self.programs.workloads.get(key, 0).ok();
-        let known = self.open_counts.known(netns.inode());
+        let counters = |key: &WorkloadKey| self.programs.counters(key);
+        let known = self.open_counts.known_in(netns.inode());
         let before = known.iter().filter_map(|key| Some((*key, counters(key)?)));
         let before = before.collect();
         let (mut samples, forwards) = netns.run(|| {

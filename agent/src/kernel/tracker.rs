@@ -24,6 +24,7 @@ use super::{
     close,
     dump_limiter::DumpLimiter,
     events,
+    gone_workloads::GoneWorkloads,
     inspector::Inspected,
     kubelet::KubeletSearch,
     maintenance,
@@ -49,7 +50,7 @@ pub struct TrackerOptions {
     /// Where to search for the kubelet's cgroup, by which ebb recognises probes. Without it, probes count as flows.
     pub kubelet: Option<KubeletCgroup>,
     /// The mount of cgroup v2. Without it, ebb misses cgroups that a container on the host's network creates below its
-    /// own after its scope was read.
+    /// own after its scope was read, and keeps the counters of workloads that are gone.
     pub cgroup_root: Option<PathBuf>,
 }
 
@@ -64,6 +65,8 @@ pub(super) struct TrackerState {
     dumps: Arc<DumpLimiter>,
     kubelet: Option<KubeletSearch>,
     pub(super) own_ports: Arc<OwnPorts>,
+    pub(super) gone_workloads: Mutex<GoneWorkloads>,
+    pub(super) cgroup_root: Option<PathBuf>,
     descendants: Option<CgroupDescendants>,
     pub(super) host: Arc<Netns>,
     pub(super) host_thread: Arc<NetnsThread>,
@@ -187,7 +190,9 @@ impl Tracker {
             dumps: Arc::new(DumpLimiter::new(Handle::current())),
             kubelet: options.kubelet.map(KubeletSearch::new),
             own_ports: Arc::<OwnPorts>::default(),
-            descendants: options.cgroup_root.map(CgroupDescendants::new),
+            gone_workloads: Mutex::default(),
+            descendants: options.cgroup_root.clone().map(CgroupDescendants::new),
+            cgroup_root: options.cgroup_root,
             host_thread: Arc::new(host_thread),
             host: Arc::new(host),
         };
@@ -359,10 +364,17 @@ impl Tracker {
 
     /// The counters of all workloads. Makes several system calls per workload: call it off the async threads.
     pub fn counts(&self) -> Vec<WorkloadCount> {
-        let counters = &self.state.programs.workloads;
-        self.state
-            .open_counts
-            .workloads(counters.iter().filter_map(Result::ok).collect())
+        self.state.counts()
+    }
+
+    /// Removes the counters of workloads that are gone, as of `now`. The tracker does so by itself every ten minutes.
+    /// Blocking.
+    ///
+    /// # Errors
+    ///
+    /// The counters or the tree of cgroups can't be read.
+    pub fn remove_gone_workloads(&self, now: BootTime) -> io::Result<()> {
+        self.state.remove_gone_workloads(now)
     }
 
     /// How many state changes of TCP sockets the programs have missed since the start.

@@ -349,7 +349,7 @@ fn others() -> WorkloadLabels {
 
 impl WorkloadSums {
     fn add(&mut self, now: &WorkloadCount, before: Option<&WorkloadCount>) {
-        // A counter that has shrunk was evicted from the LRU map and started again at zero.
+        // A counter that has shrunk was removed, because its cgroup is gone, and started again at zero.
         let before = before.filter(|b| b.opened <= now.opened && b.closed <= now.closed);
         let since = |now: u64, before: Option<u64>| now.saturating_sub(before.unwrap_or(0));
         self.opened += since(now.opened, before.map(|b| b.opened));

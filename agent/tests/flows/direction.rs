@@ -15,6 +15,7 @@ use ebb_core::{
     drain_report::ReleaseReason,
     flow::{Direction, Flow},
 };
+use ebb_testkit::namespace::Namespace;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket, sockopt};
 use tokio::sync::mpsc;
 
@@ -37,6 +38,7 @@ ebb_testkit::trials![
     a_connection_bound_to_an_interface_is_inbound_and_live,
     a_server_on_an_ephemeral_port_holds_its_drain_after_its_listener_closed_and_the_agent_restarted,
     connections_bound_and_dialled_before_the_agent_started_hold_no_drain,
+    after_its_listener_closed_a_connection_older_than_the_agent_is_inbound_by_its_backlog,
 ];
 
 const QUIET: Duration = Duration::from_millis(100);
@@ -259,6 +261,44 @@ fn connections_bound_and_dialled_before_the_agent_started_hold_no_drain() -> Res
         let inbound = |f: &&Flow| f.direction == Direction::Inbound;
         let held: Vec<_> = snapshot.flows.iter().filter(inbound).collect();
         ensure!(held.is_empty(), "{held:?}");
+        Ok(())
+    })
+}
+
+/// Its ports alone would make it outbound: the server's is ephemeral, and the client's is not.
+fn after_its_listener_closed_a_connection_older_than_the_agent_is_inbound_by_its_backlog()
+-> Result<()> {
+    let _turn = turn();
+    Namespace::new()?.run(|| {
+        let mut connections = Vec::new();
+        for (n, (backlog, (at, to))) in (0..).zip(
+            KINDS
+                .map(|k| (16, k))
+                .into_iter()
+                .chain(KINDS.map(|k| (0, k))),
+        ) {
+            let listener = listen((at, 50_051 + n).into(), backlog)?;
+            let client = unconnected(to)?;
+            bind(&client, &SocketAddr::from((to, 9000 + n)))?;
+            connect(&client, &SocketAddr::from((to, 50_051 + n)))?;
+            let (server, _) = listener.accept()?;
+            connections.push((backlog, listener, server, TcpStream::from(client)));
+        }
+        let (tracker, _) = kernel::start()?;
+        let world = World::here(tracker)?;
+        for (backlog, listener, server, client) in connections {
+            let context = || format!("backlog {backlog}, {server:?}");
+            is(&world, &client, Direction::Outbound).with_context(context)?;
+            is(&world, &server, Direction::Inbound).with_context(context)?;
+            drop(listener);
+            // Without a backlog nothing but the ports is left to go by.
+            let direction = if backlog > 0 {
+                Direction::Inbound
+            } else {
+                Direction::Outbound
+            };
+            is(&world, &server, direction).with_context(context)?;
+        }
         Ok(())
     })
 }

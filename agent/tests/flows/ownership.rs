@@ -3,8 +3,13 @@
 use std::{net::TcpStream, sync::Arc, time::Duration};
 
 use anyhow::{Result, ensure};
-use ebb::{drains::driver::Drains, kernel::WorkloadCount, pods::cgroup::container_cgroups};
+use ebb::{
+    drains::driver::Drains,
+    kernel::{Tracker, WorkloadCount},
+    pods::cgroup::container_cgroups,
+};
 use ebb_core::{
+    clock::BootTime,
     drain_report::{ReleaseReason, ReleasedBy},
     flow::{Direction, FlowState::Active, Snapshot, TcpState},
     ids::{CgroupId, ContainerId},
@@ -30,6 +35,7 @@ ebb_testkit::trials![
     a_pod_owns_the_flows_of_cgroups_below_its_containers,
     a_pod_owns_the_flows_of_a_process_that_enters_it_later,
     where_all_sockets_have_the_root_cgroup_pods_are_told_apart_by_namespace,
+    counters_are_removed_after_their_cgroup_and_not_while_it_exists,
 ];
 
 /// The sandbox's mount of cgroup v2.
@@ -240,5 +246,38 @@ fn where_all_sockets_have_the_root_cgroup_pods_are_told_apart_by_namespace() -> 
             Ok(())
         })?;
     }
+    Ok(())
+}
+
+fn counters_are_removed_after_their_cgroup_and_not_while_it_exists() -> Result<()> {
+    let _turn = turn();
+    let (tracker, _) = kernel::start()?;
+    let [running, ended] = [Cgroup::new("running")?, Cgroup::new("ended")?];
+    let ids = [id_of(&running)?, id_of(&ended)?];
+    let counted = |tracker: &Tracker| {
+        let counts = tracker.counts();
+        ids.map(|id| counts.iter().any(|c| c.cgroup == id))
+    };
+    let serve = |cgroup: &Cgroup| {
+        let mut server = Worker::start_in(cgroup)?;
+        let client = TcpStream::connect(server.listen()?)?;
+        server.command("accept")?;
+        anyhow::Ok((server, client))
+    };
+    let (_server, _client) = serve(&running)?;
+    let (server, client) = serve(&ended)?;
+    drop(client);
+    server.kill()?;
+    let now = BootTime::now();
+    let hour = Duration::from_secs(3600);
+    tracker.remove_gone_workloads(now)?;
+    tracker.remove_gone_workloads(now + hour)?;
+    ensure!(counted(&tracker) == [true, true], "removed too early");
+    drop(ended);
+    // A restarted container's cgroup is new, but its pod goes on.
+    tracker.remove_gone_workloads(now + hour * 2)?;
+    ensure!(counted(&tracker) == [true, true], "removed at once");
+    tracker.remove_gone_workloads(now + hour * 3)?;
+    ensure!(counted(&tracker) == [true, false], "not removed");
     Ok(())
 }

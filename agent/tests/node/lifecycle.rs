@@ -9,14 +9,15 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use ebb_core::drain_report::{ReleaseReason, Report};
+use ebb_testkit::kubelet::PodSpec;
 use libtest_mimic::Trial;
 use tokio::time::sleep;
 
 use crate::{
-    agent::EBB,
+    agent::{Agent, EBB},
     hold::stop,
     peer::Peer,
-    scene::{NODE_V4, SECOND, Scene, eventually, server, trial},
+    scene::{NODE_V4, SECOND, Scene, eventually, free_port, server, trial},
     track::dial,
 };
 
@@ -40,7 +41,18 @@ pub(crate) fn trials() -> Vec<Trial> {
             proxy_stopped,
         ),
         trial("a_hold_ends_when_its_caller_cancels", caller_gone),
-        trial("a_stopped_agent_leaves_nothing_attached", nothing_left),
+        trial(
+            "a_stopped_agent_leaves_nothing_attached",
+            async |scene: Scene| nothing_left(scene, "leaver-stopped", true).await,
+        ),
+        trial(
+            "a_killed_agent_leaves_nothing_attached",
+            async |scene: Scene| nothing_left(scene, "leaver-killed", false).await,
+        ),
+        trial(
+            "the_streams_of_a_server_without_a_listener_hold_its_drain_after_the_agent_was_killed",
+            streams_hold,
+        ),
         trial(
             "cleanup_is_refused_while_an_agent_runs_and_removes_what_a_killed_one_leaves",
             cleaned_up,
@@ -168,7 +180,7 @@ async fn caller_gone(scene: Scene) -> Result<()> {
 async fn restarted(scene: Scene) -> Result<()> {
     let flags = ["--quiet", "300ms"];
     let grace = 12 * SECOND;
-    let spec = ebb_testkit::kubelet::PodSpec::new("restart").grace(grace);
+    let spec = PodSpec::new("restart").grace(grace);
     let pod = scene.run(spec.container(server("app", 8080))).await?;
     let _peer = Peer::served(pod.v4(8080)?).await?;
     let kubelet = scene.kubelet()?;
@@ -204,19 +216,61 @@ async fn restarted(scene: Scene) -> Result<()> {
     Ok(())
 }
 
-async fn nothing_left(scene: Scene) -> Result<()> {
+/// Like a gRPC server, which closes its listener first. It listens on an ephemeral port, and its client's port is not
+/// ephemeral, so that the ports of the connection do not show who opened it.
+async fn streams_hold(scene: Scene) -> Result<()> {
+    const GRPC: u16 = 50_051;
+    let flags = ["--quiet", "300ms"];
+    let spec = PodSpec::new("grpc").grace(60 * SECOND);
+    let pod = scene.run(spec.container(server("app", GRPC))).await?;
+    let mut peer = Peer::from_port(free_port(), pod.v4(GRPC)?).await?;
+    let kubelet = scene.kubelet()?;
+    let wait = |agent: &Agent| {
+        let url = format!("http://{NODE_V4}:{}/v1/wait", agent.port);
+        dial(&kubelet, &pod.containers[0], url)
+    };
+
+    let agent = scene.agent_in("ebb", &flags).await?;
+    let first = wait(&agent);
+    agent.until_draining("grpc").await?;
+    peer.ask("/close-listeners").await?;
+    peer.answer("closed\n").await?;
+    ensure!(Peer::connect(pod.v4(GRPC)?).await.is_err(), "it listens");
+    agent.kill().await?;
+    ensure!(first.await??.status != 0, "answered by a killed agent");
+
+    let agent = scene.agent_in("ebb", &flags).await?;
+    let second = wait(&agent);
+    agent.until_draining("grpc").await?;
+    sleep(3 * SECOND).await;
+    ensure!(!second.is_finished(), "the stream is cut");
+    let held = agent.drain("grpc").await?;
+    ensure!(held.flows_now.is_some_and(|f| f.total() == 1), "{held:?}");
+    drop(peer);
+    ensure!(second.await??.status == 0);
+    let report = agent.drain("grpc").await?;
+    ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
+    ensure!(report.ended == Some(1), "{report:?}");
+    Ok(())
+}
+
+async fn nothing_left(scene: Scene, name: &str, graceful: bool) -> Result<()> {
     let agent = scene.agent(&["--hold-unknown"]).await?;
     let proxy = scene.proxy(&agent).await?;
-    let pod = scene.serve("leaver").await?;
+    let pod = scene.serve(name).await?;
     let peer = Peer::served(pod.v4(8080)?).await?;
     let stopping = stop(scene.kubelet_at(&proxy)?, &pod, 30 * SECOND);
-    agent.until_draining("leaver").await?;
+    agent.until_draining(name).await?;
     let held = bpf_objects(agent.pid()?)?;
     ensure!(held.programs.len() >= 3 && held.links >= 1, "{held:?}");
     ensure!(held.programs.is_subset(&loaded()?), "{held:?}");
 
     let run = agent.run.clone();
-    agent.stop().await?;
+    if graceful {
+        agent.stop().await?;
+    } else {
+        agent.kill().await?;
+    }
     let stop = stopping.await?;
     ensure!(stop.error().is_none(), "{stop:?}");
     proxy.stop().await?;
@@ -227,9 +281,10 @@ async fn nothing_left(scene: Scene) -> Result<()> {
         Ok(left.is_empty().then_some(()))
     })
     .await?;
+    // `ebb agent --cleanup` removes the files of a killed agent.
     let left = entries(&run)?;
     ensure!(
-        left == ["agent.lock", "agent.stopped", "history", "journal"],
+        !graceful || left == ["agent.lock", "agent.stopped", "history", "journal"],
         "{left:?}"
     );
     let pinned = pinned()?;

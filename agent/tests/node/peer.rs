@@ -1,6 +1,9 @@
 //! An HTTP client that the trial controls step by step.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use tokio::{
@@ -22,6 +25,13 @@ pub(crate) struct Peer {
 impl Peer {
     pub(crate) async fn connect(server: SocketAddr) -> Result<Self> {
         Self::of(TcpStream::connect(server).await?)
+    }
+
+    /// Connects from this port of the node.
+    pub(crate) async fn from_port(port: u16, server: SocketAddr) -> Result<Self> {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
+        Self::of(socket.connect(server).await?)
     }
 
     /// Connects with a receive buffer so small that the server soon can't send any more.

@@ -34,7 +34,9 @@ pub mod tcp_state {
 }
 
 /// Whether a connection in `state` is between its handshake and its end. A socket that the application still owns
-/// may receive in FIN_WAIT2. One that the application has closed leaves FIN_WAIT2 at once (`tcp_time_wait`).
+/// may receive in FIN_WAIT2. One that the application has closed leaves FIN_WAIT2 at once (`tcp_time_wait`), unless it
+/// may wait for the peer's FIN for longer than a minute (`TCP_LINGER2`, `net.ipv4.tcp_fin_timeout`): then it stays in
+/// FIN_WAIT2 until the last minute (`tcp_rcv_state_process`) and counts as open, but a dump shows that it has no owner.
 #[inline(always)]
 pub const fn is_open(state: u8) -> bool {
     use tcp_state::{CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
@@ -68,6 +70,9 @@ pub struct WorkloadKey {
     pub zero: u32,
 }
 const _: () = assert!(size_of::<WorkloadKey>() == 16);
+
+/// How many workloads have counters.
+pub const WORKLOADS_MAX: u32 = 8192;
 
 /// Counters of one workload's accepted connections. They start at the first opening or closing that the programs see.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

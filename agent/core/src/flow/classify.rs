@@ -62,10 +62,11 @@ pub fn classify(s: &Sample, options: &ClassifyOptions) -> Option<FlowState> {
 fn by_state(s: &Sample, options: &ClassifyOptions) -> Option<FlowState> {
     let idle_after = options.idle_after;
     match s.state {
-        // A TCP fast open child, which the application may accept before the handshake is done. sock_diag shows
-        // request sockets as SYN_RECV, too, but `inspect` can't read them.
-        TcpState::SynRecv if s.origin != Origin::Accepted => None,
+        TcpState::SynRecv if s.origin == Origin::Dialled => None,
+        // A TCP fast open child, which the application has accepted before the handshake is done.
         TcpState::SynRecv if s.inode != 0 => Some(established(s, options)),
+        // sock_diag shows request sockets as SYN_RECV, too. They have no inode, and `inspect` can't read them.
+        TcpState::SynRecv if s.origin == Origin::Unknown => None,
         TcpState::SynRecv => Some(FlowState::Backlog),
         TcpState::Established | TcpState::CloseWait if s.inode == 0 => Some(FlowState::Backlog),
         TcpState::Established => Some(established(s, options)),

@@ -151,6 +151,14 @@ mod tests {
         }
     }
 
+    /// Like a gRPC server, on whose port nothing listens any more. By its ports alone it would be dialled.
+    #[test]
+    fn a_backlog_decides_over_the_ports() {
+        let ports = (50_051, 443);
+        assert_eq!(between(128, 4, 0, ports, &[]), Origin::Accepted);
+        assert_eq!(between(0, 4, 0, ports, &[]), Origin::Dialled);
+    }
+
     #[test]
     fn an_opening_that_track_saw_decides_over_the_socket() {
         let traits = |backlog, noted| OriginTraits {

@@ -49,6 +49,24 @@ fn a_fast_open_child_is_backlog_and_a_handshake_under_way_is_no_flow() {
     assert_eq!(class(&child), Some(FlowState::Backlog));
     let accepted = Sample { inode: 1, ..child };
     assert_eq!(class(&accepted), Some(FlowState::Active));
+    let dialled = Sample {
+        origin: Origin::Dialled,
+        ..accepted
+    };
+    assert_eq!(class(&dialled), None);
+}
+
+#[test]
+fn an_accepted_fast_open_child_that_can_not_be_inspected_is_live() {
+    for quiet in [0, 60_000] {
+        let child = Sample {
+            state: TcpState::SynRecv,
+            inode: 1,
+            origin: Origin::Unknown,
+            ..talked(quiet, quiet)
+        };
+        assert!(class(&child).is_some_and(FlowState::is_live), "{quiet}");
+    }
 }
 
 #[test]

@@ -36,7 +36,7 @@ use crate::{
         cri::{Cri, CriError},
         discover::NodePaths,
         kube::{Kube, KubeError, KubeMode},
-        kubepods::Kubepods,
+        kubepods::KubepodsCgroup,
         policies::PodPolicies,
         store::Pods,
         table::PodTable,
@@ -206,7 +206,7 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
     checks::cgroup_root(&config.cgroup_root);
     let journal = journal(&run_dir);
     let tasks = TaskHealth::default();
-    let kubepods = Kubepods::new(config.cgroup_root.clone());
+    let kubepods = KubepodsCgroup::new(config.cgroup_root.clone());
     let runtime_events = change_notifier::follow_runtime(cri.clone(), Arc::clone(&changes));
     let runtime_events = tokio::spawn(
         tasks

@@ -39,7 +39,7 @@ impl<K: Kernel> Drains<K> {
                 if let Some(limit) = joining_limit(&order) {
                     self.step(id, Event::Limit(Deadline::of(now, limit)));
                 }
-                self.is_stopping(id);
+                self.update_stopping(id);
                 self.remember(id);
                 return Joined {
                     place: self.place(id),
@@ -151,7 +151,7 @@ impl<K: Kernel> Drains<K> {
             });
         }
         self.step(id, watched.map_or_else(Event::Untracked, |_| Event::Tick));
-        self.is_stopping(id);
+        self.update_stopping(id);
         Joined {
             place: self.place(id),
             state: joined,
@@ -186,7 +186,7 @@ impl<K: Kernel> Drains<K> {
         if active.is_abandoned() && active.is_not_deleted {
             self.step(id, Event::Release(ReleaseReason::NotTerminating));
         }
-        self.is_stopping(id);
+        self.update_stopping(id);
     }
 }
 

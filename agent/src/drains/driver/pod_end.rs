@@ -13,13 +13,14 @@ use super::{Drains, Kernel, active::DrainId};
 use crate::pods::kube::Deletion;
 
 impl<K: Kernel> Drains<K> {
-    /// Brings a drain's end forward.
+    /// Makes a drain's deadline earlier.
     pub(super) fn limit(&mut self, id: DrainId, limit: Deadline) {
         self.step(id, Event::Limit(limit));
         self.remember(id);
     }
 
-    /// The API server has reported a deletion. One with a shorter grace period than the drain knows brings its end forward.
+    /// The API server has reported a deletion. If its grace period is shorter than the one that the drain knows, the
+    /// drain's deadline becomes earlier.
     pub(super) fn deletion(&mut self, uid: &PodUid, deletion: Deletion) {
         let now = BootTime::now();
         let Some(id) = self.active.of_pod(uid) else {
@@ -37,7 +38,7 @@ impl<K: Kernel> Drains<K> {
             return;
         }
         active.end = deleted;
-        self.is_stopping(id);
+        self.update_stopping(id);
         let (Some(grace), Some(active)) = (deletion.grace, self.active.get_mut(id)) else {
             return;
         };
@@ -69,8 +70,8 @@ impl<K: Kernel> Drains<K> {
         }
     }
 
-    /// Lets the machine tell the application for as long as the pod's end is certain and held.
-    pub(super) fn is_stopping(&mut self, id: DrainId) {
+    /// Tells the machine whether the pod's end is certain and its stop is held: only then may it send notifications.
+    pub(super) fn update_stopping(&mut self, id: DrainId) {
         if let Some(active) = self.active.get(id)
             && active.machine.policy().notifies()
         {

@@ -1,9 +1,9 @@
 //! What the drains of a workload say about its grace period: `ebb advise`.
 //!
 //! The grace period that would have been enough is the longest hold that the drains needed, plus the reserve, rounded up
-//! to 5 s. A drain that came to its end needed its own length. One that was cut short needed longer than that; for it,
-//! the time that 99 of 100 connections of the workload last stands in, because the pod's last connection lasts no longer
-//! than that after the pod has left its endpoints.
+//! to 5 s. A drain that drained needed as long as it lasted. One that was cut short needed longer. For that one, ebb takes
+//! the time within which 99 of 100 connections of the workload end, because after the pod has left its endpoints its last
+//! connection lasts no longer than that.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::millis,
-    drain_report::{DeadlineCause, Phase, ReleaseReason, Report},
+    drain_report::{DeadlineCause, ReleaseReason, Report},
     flow::FlowState,
     policy::Policy,
 };
 
 /// Fewer drains than this are not enough for advice.
-pub const FEWEST: usize = 5;
+const MIN_DRAINS: usize = 5;
 
 /// Grace periods are rounded up to a multiple of this.
 const STEP: Duration = Duration::from_secs(5);
@@ -142,21 +142,21 @@ pub struct Advice {
     pub recommendations: Vec<Recommendation>,
 }
 
-/// Whether the drain says something about its workload.
-pub fn counts(r: &Report) -> bool {
+/// Whether the advice uses the drain: it drained, reached its deadline, or was observed until its containers exited.
+pub fn is_usable(r: &Report) -> bool {
     matches!(
         r.reason,
         Some(ReleaseReason::Drained | ReleaseReason::Deadline | ReleaseReason::Exited)
     )
 }
 
-/// What these drains say. Those that say nothing ([`counts`]) are left out.
+/// What these drains say. Only those that [`is_usable`] accepts are used.
 pub fn advise(history: &WorkloadHistory<'_>) -> Advice {
     let drains: Vec<&Report> = history
         .drains
         .iter()
         .copied()
-        .filter(|r| counts(r))
+        .filter(|r| is_usable(r))
         .collect();
     let number = |test: &dyn Fn(&&&Report) -> bool| {
         u32::try_from(drains.iter().filter(test).count()).unwrap_or(u32::MAX)
@@ -170,7 +170,7 @@ pub fn advise(history: &WorkloadHistory<'_>) -> Advice {
         drains: number(&|_| true),
         observed: number(&|r| r.observed),
         cut_short,
-        settle: Spread::of(drains.iter().filter_map(|r| settled_after(r)).collect()),
+        settle: Spread::of(drains.iter().filter_map(|r| r.settled_ms).collect()),
         drain: Spread::of(lasted.map(|r| r.held_ms).collect()),
         cut: drains
             .iter()
@@ -182,12 +182,12 @@ pub fn advise(history: &WorkloadHistory<'_>) -> Advice {
         basis: String::new(),
         recommendations: vec![],
     };
-    if drains.len() < FEWEST {
+    if drains.len() < MIN_DRAINS {
         let drains = match drains.len() {
             1 => "1 drain".to_owned(),
             n => format!("{n} drains"),
         };
-        advice.basis = format!("{drains}: too few to advise; {FEWEST} are needed");
+        advice.basis = format!("{drains}: too few to advise; {MIN_DRAINS} are needed");
         return advice;
     }
     let longest = drains.iter().map(|r| r.held_ms).max().unwrap_or(0);
@@ -221,22 +221,12 @@ fn is_cut_short(r: &Report) -> bool {
 fn grace_ms(history: &WorkloadHistory<'_>) -> Option<u64> {
     let of_deadline = || {
         let mut drains = history.drains.iter();
-        let newest = drains.find(|r| counts(r) && r.deadline_cause == DeadlineCause::Grace)?;
+        let newest = drains.find(|r| is_usable(r) && r.deadline_cause == DeadlineCause::Grace)?;
         // Grace periods are whole seconds. The call had taken some of it before the drain began.
         let longest_hold = newest.deadline_ms.div_ceil(1000) * 1000;
         Some(longest_hold + millis(history.reserve).min(longest_hold / 2))
     };
     history.grace.map(millis).or_else(of_deadline)
-}
-
-/// When the settle phase was over, if it was.
-fn settled_after(r: &Report) -> Option<u64> {
-    let draining = r.changes.iter().find(|change| change.phase == Phase::Drain);
-    match draining {
-        Some(change) => Some(change.at_ms),
-        // It ended with this phase.
-        None => (r.reason == Some(ReleaseReason::Drained)).then_some(r.held_ms),
-    }
 }
 
 /// The grace period in which a hold of `hold_ms` fits, in milliseconds. The reserve is at most a third of it.
@@ -316,26 +306,12 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
-    use crate::{
-        drain_report::{CutFlow, FlowsChange, testing},
-        flow::FlowCounts,
-    };
+    use crate::drain_report::{CutFlow, testing};
 
     fn drained(held_ms: u64) -> Report {
         Report {
             held_ms,
-            changes: vec![
-                FlowsChange {
-                    at_ms: 1,
-                    phase: Phase::Settle,
-                    flows: FlowCounts::default(),
-                },
-                FlowsChange {
-                    at_ms: held_ms / 2,
-                    phase: Phase::Drain,
-                    flows: FlowCounts::default(),
-                },
-            ],
+            settled_ms: Some(held_ms / 2),
             ..testing::report(Some(ReleaseReason::Drained))
         }
     }

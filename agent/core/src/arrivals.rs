@@ -8,7 +8,7 @@ use std::time::Duration;
 pub struct Arrivals {
     /// For how long they were counted: since the agent's or the pod's start.
     pub observed: Duration,
-    /// How long the silence usually is between two connections: the gap that a random moment of about the last minute
-    /// fell into, on average. `None`: no client has connected in all that time.
+    /// The mean of the pauses between connections over about the last minute, weighted by their length: a pause of 10 s
+    /// counts ten times as much as one of 1 s. `None`: no client has connected in all that time.
     pub gap: Option<Duration>,
 }

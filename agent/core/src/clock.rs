@@ -62,7 +62,7 @@ impl BootTime {
     }
 
     /// This moment as wall-clock time, by the current difference between the two clocks.
-    pub fn to_system_time(self) -> SystemTime {
+    fn to_system_time(self) -> SystemTime {
         let now = Self::now();
         let wall = SystemTime::now();
         if self >= now {

@@ -27,7 +27,7 @@ use crate::{
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Waiting until no new inbound flow has arrived for `quiet`.
+    /// Waiting until no new inbound flow has arrived for [`SettleReport::quiet_ms`].
     Settle,
     /// Waiting until no flow holds any more.
     Drain,
@@ -341,13 +341,13 @@ pub struct Report {
     /// How ebb found that no flow holds any more, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub released_by: Option<ReleasedBy>,
-    /// Number of dumps.
-    #[serde(default)]
-    pub walks: u32,
-    /// Number of dumps for each reason.
+    /// Dumps that came back, failed ones included.
+    #[serde(default, rename = "walks")]
+    pub dumps_ended: u32,
+    /// Dumps that were requested, by reason.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub dumps: BTreeMap<DumpReason, u32>,
-    /// Number of lookup rounds.
+    /// Rounds of lookups that came back with an answer.
     #[serde(default)]
     pub lookups: u32,
     /// What ebb has told the application (`stop-signal`, `on-drain`).

@@ -20,7 +20,7 @@ pub use self::{
     snapshot::{Age, Flow, Snapshot},
 };
 
-/// Which side opened the connection.
+/// Which side opened the connection. If that is not known, it counts as inbound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]

@@ -13,9 +13,11 @@
 //! | [`notification`] | what a drain tells the application: signals and a request |
 //! | [`arrivals`] | how often clients connect to a pod |
 //! | [`scope`] | where a pod's sockets are |
+//! | [`ip_network`] | IP networks, as users write them |
 //! | [`ids`] | one type per kind of id, so that the compiler finds a mix-up |
 //! | [`clock`] | a moment on the boot-time clock. [`clock::BootTime::now`] is this crate's only system call |
 //! | [`mod@format`] | how durations, sizes, addresses and errors are printed and parsed |
+//! | [`pod_end`] | what is known of a pod's end, and which holds belong to the same end |
 //! | [`policy`] | what a drain waits for and how long it may take, and what a pod's annotations change about that |
 //! | [`release`] | why a hold ended |
 //! | `setting` | settings that are one of a few names |
@@ -30,6 +32,7 @@ pub mod drain_report;
 pub mod flow;
 pub mod format;
 pub mod ids;
+pub mod ip_network;
 pub mod machine;
 pub mod notification;
 pub mod pod_end;

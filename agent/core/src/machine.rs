@@ -59,7 +59,7 @@ use crate::{
 };
 
 /// The most flows that are looked up one by one, which is one request to the kernel. With more, a dump is made.
-const FEW: usize = 64;
+const MAX_LOOKUPS: usize = 64;
 /// How long before the deadline the last dump is made, so that the report names the flows that are cut.
 const FINAL_DUMP: Duration = Duration::from_millis(200);
 /// How often a dump is made while flows hold and nothing happens: for the report, and because events also arrive of
@@ -177,7 +177,7 @@ impl Machine {
                 self.requests.dumped(now, Some(snapshot.taken_at));
                 // No flow holds, and none can arrive, unless the pod passes traffic on that ebb does not see.
                 let is_worker = snapshot.listens == Some(false)
-                    && !snapshot.holding().any(Flow::holds)
+                    && !snapshot.not_exempt().any(Flow::holds)
                     && self.hidden.is_none();
                 agrees = self.take_in(snapshot, now).then_some(ReleasedBy::Dump);
                 has_read = true;
@@ -282,7 +282,7 @@ impl Machine {
         self.started
     }
 
-    /// Its policy.
+    /// The policy, adapted to the ports that the pod uses.
     pub fn policy(&self) -> &Policy {
         &self.policy
     }
@@ -330,7 +330,7 @@ impl Machine {
         let was_blocked = self.flows.blocked();
         self.observe_close(cookie, at);
         if self.flows.closed(cookie, at) {
-            self.stats.end(1);
+            self.stats.flows_ended(1);
             self.revision += 1;
         }
         if was_blocked && !self.flows.blocked() {
@@ -353,8 +353,8 @@ impl Machine {
         let first = self.stats.last_taken_at().is_none();
         self.late_arrivals(&snapshot);
 
-        let holding: Vec<_> = snapshot
-            .holding()
+        let not_exempt: Vec<_> = snapshot
+            .not_exempt()
             .map(|f| (f, self.idleness.blocks_until(f, snapshot.taken_at)))
             .collect();
         let exempt: HashSet<_> = snapshot
@@ -363,12 +363,14 @@ impl Machine {
             .filter(|f| f.exempt.is_some())
             .map(|f| f.cookie)
             .collect();
-        let nothing_in_the_way = holding.iter().all(|(_, blocks)| blocks.is_none());
-        let changed = self.flows.reconcile(snapshot.taken_at, &holding, &exempt);
-        self.stats.end(changed.vanished);
+        let nothing_in_the_way = not_exempt.iter().all(|(_, blocks)| blocks.is_none());
+        let changed = self
+            .flows
+            .reconcile(snapshot.taken_at, &not_exempt, &exempt);
+        self.stats.flows_ended(changed.vanished);
         if first {
             // They are among the flows at the start, and their events came before the snapshot did.
-            self.stats.end(changed.just_closed);
+            self.stats.flows_ended(changed.just_closed);
         }
         if self.flows.blocked() {
             self.emptied_by = None;
@@ -385,14 +387,14 @@ impl Machine {
 
     /// Counts the flows of a snapshot that opened during the drain and whose events are lost or late.
     fn late_arrivals(&mut self, snapshot: &Snapshot) {
-        let unknown = snapshot.holding().any(|f| f.age.known().is_none());
+        let unknown = snapshot.not_exempt().any(|f| f.age.known().is_none());
         let last = self.stats.last_snapshot().filter(|_| unknown);
         let seen: Option<HashSet<_>> =
             last.map(|last| last.flows.iter().map(|f| f.cookie).collect());
         let is_new = |cookie| seen.as_ref().is_some_and(|seen| !seen.contains(&cookie));
         // The pod itself dials outbound ones.
         let inbound = |f: &&Flow| f.direction == Direction::Inbound;
-        for flow in snapshot.holding().filter(inbound) {
+        for flow in snapshot.not_exempt().filter(inbound) {
             let at = match flow.age {
                 Age::Known(age) => snapshot.taken_at.before(age),
                 // Its stamp is lost: it was opened after the snapshot before this one.
@@ -508,7 +510,7 @@ impl Machine {
         self.requests.outstanding = true;
         self.requests.wanted = None;
         if dump.is_none()
-            && let Some(flows) = self.flows.to_look_up(FEW)
+            && let Some(flows) = self.flows.to_look_up(MAX_LOOKUPS)
         {
             return Action::LookUp(flows);
         }
@@ -521,7 +523,7 @@ impl Machine {
     fn release(&mut self, reason: ReleaseReason, now: BootTime) -> Action {
         self.released = Some((reason, now));
         self.phase = Phase::Released;
-        self.stats.end_of(&self.flows, now.since(self.started));
+        self.stats.drain_ended(&self.flows, now.since(self.started));
         self.revision += 1;
         Action::Release(reason)
     }

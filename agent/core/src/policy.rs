@@ -34,10 +34,10 @@ pub const DEFAULT_MAX_HOLD: Duration = Duration::from_secs(60 * 60);
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Until {
-    /// No tracked inbound flow is left, live or idle.
+    /// No flow that holds is left, live or idle.
     #[default]
     Zero,
-    /// No live flow is left.
+    /// No flow that holds is live.
     Idle,
     /// The settle phase is over.
     Settled,
@@ -148,16 +148,13 @@ impl Default for Policy {
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use humantime::format_duration as text;
-        let quiet = match self.quiet_is_set {
-            true => text(self.quiet).to_string(),
-            false => "as usual for the pod".into(),
-        };
         write!(
             f,
-            "drain {}, until {}, quiet {quiet}, settle {} to {}, idle-after {}, idle-flows {}, peer-timeout {}, reserve {}, \
+            "drain {}, until {}, quiet {}, settle {} to {}, idle-after {}, idle-flows {}, peer-timeout {}, reserve {}, \
              max-hold {}{}",
             self.drain,
             self.until,
+            self.show_quiet(),
             text(self.settle_min),
             text(self.settle_max),
             text(self.idle_after),
@@ -181,8 +178,8 @@ impl Policy {
         ClassifyOptions {
             idle_after: self.idle_after,
             peer_timeout: self.peer_timeout,
-            // Otherwise "idle" would only be another name for a flow that holds.
             outbound: self.outbound.clone(),
+            // Otherwise "idle" would only be another name for a flow that holds.
             silent_is_idle: self.until == Until::Idle || self.idle_flows == IdleFlows::Close,
         }
     }
@@ -192,13 +189,14 @@ impl Policy {
         self.settle_max.max(self.settle_min)
     }
 
-    /// Name and value, as text, of each setting that an annotation can change.
+    /// Name and value, as text, of each setting that an annotation can change, except `wait-port`, which does not change
+    /// a drain.
     pub fn settings(&self) -> [(&'static str, String); 16] {
         let show = |d: Duration| humantime::format_duration(d).to_string();
         [
             ("drain", self.drain.to_string()),
             ("until", self.until.to_string()),
-            ("quiet", show(self.quiet)),
+            ("quiet", self.show_quiet()),
             ("settle-min", show(self.settle_min)),
             ("settle-max", show(self.settle_max)),
             ("idle-after", show(self.idle_after)),
@@ -219,6 +217,14 @@ impl Policy {
                 annotations::show_request(self.on_drain.as_ref()),
             ),
         ]
+    }
+
+    /// `quiet` as text. If it is not set, the settle phase depends on how often clients connect to the pod.
+    fn show_quiet(&self) -> String {
+        match self.quiet_is_set {
+            true => humantime::format_duration(self.quiet).to_string(),
+            false => "as usual for the pod".into(),
+        }
     }
 
     /// This policy for a drain that ebb only observes: ebb closes no connection and sends no notification. Idle
@@ -442,6 +448,20 @@ mod tests {
             error.to_string(),
             r#""none" is not one of zero, idle, settled"#
         );
+    }
+
+    #[test]
+    fn the_default_of_quiet_is_not_shown_as_if_it_were_set() {
+        let shown = |quiet_is_set| {
+            let policy = Policy {
+                quiet_is_set,
+                ..Policy::default()
+            };
+            let quiet = policy.settings().into_iter().find(|s| s.0 == "quiet");
+            quiet.map(|(_, value)| value)
+        };
+        assert_eq!(shown(true).as_deref(), Some("3s"));
+        assert_eq!(shown(false).as_deref(), Some("as usual for the pod"));
     }
 
     #[test]

@@ -17,3 +17,14 @@ pub enum Scope {
     /// ebb can't see them, for this reason.
     Untracked(String),
 }
+
+impl Scope {
+    /// Whether the sockets that a cgroup has in a network namespace are the pod's.
+    pub fn contains(&self, cgroup: CgroupId, netns: NetnsInode) -> bool {
+        match self {
+            Self::Netns { inode, .. } => netns == *inode,
+            Self::HostNetwork(cgroups) => cgroups.contains(&cgroup),
+            Self::Untracked(_) => false,
+        }
+    }
+}

@@ -13,7 +13,7 @@
 //!    progress.
 //! 3. Else: the kubelet stops all containers of a terminating pod at once (`killContainersWithSyncResult`,
 //!    `pkg/kubelet/kuberuntime/kuberuntime_container.go`). If all running containers, at least two, are stopped
-//!    within [`TOGETHER`], the pod terminates. Their calls arrive one by one, so the first ones wait for the rest.
+//!    within a second, the pod terminates. Their calls arrive one by one, so the first ones wait for the rest.
 //!    This also finds evictions and node shutdowns, which set no deletionTimestamp, so that the API server reports no
 //!    deletion. In that case all of them must still be running, because a restart of several containers stops them
 //!    one after the other (`SyncPod`, `pkg/kubelet/kuberuntime/kuberuntime_manager.go`).
@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// The longest time between stops of one pod's containers that count as one event.
-pub const TOGETHER: Duration = Duration::from_secs(1);
+const TOGETHER: Duration = Duration::from_secs(1);
 
 /// How long a stop is remembered. The kubelet retries a failed one after 10 to 15 s.
 const REMEMBERED: Duration = Duration::from_secs(60);
@@ -290,7 +290,7 @@ mod tests {
     };
 
     /// A pod with the running containers `ids`, each named as its id.
-    fn pod(uid: &str, _name: &str, ids: &[&str]) -> PodContainers {
+    fn pod(uid: &str, ids: &[&str]) -> PodContainers {
         PodContainers {
             sandbox: SandboxId::new(format!("sandbox-of-{uid}")),
             containers: ids
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn the_api_servers_answer_outweighs_all_other_evidence() {
-        let pod = pod("u1", "web", &["a"]);
+        let pod = pod("u1", &["a"]);
         let mut stops = TerminationDetector::new(true);
         let mut ask = |deleting| {
             let evidence = TerminationEvidence {
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn containers_that_stop_together_end_a_pod_that_is_not_deleted() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(false);
         let first = requested(&mut stops, &pod, &id("a"), DENIED, at(0));
         assert_eq!(first, Verdict::WaitUntil(at(1000)));
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn containers_that_restart_one_after_the_other_do_not_end_the_pod() {
-        let both = pod("u1", "web", &["a", "b"]);
+        let both = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(true);
         requested(&mut stops, &both, &id("a"), DENIED, at(0));
         let rest = exited(both, "a");
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn a_sandbox_stop_ends_a_pod_that_is_not_deleted() {
-        let pod = pod("u1", "web", &["a"]);
+        let pod = pod("u1", &["a"]);
         let mut stops = TerminationDetector::new(false);
         stops.record_sandbox_stop(&pod.sandbox, at(0));
         let verdict = requested(&mut stops, &pod, &id("a"), DENIED, at(10));
@@ -389,7 +389,7 @@ mod tests {
 
     #[test]
     fn the_stops_of_a_pod_whose_sandbox_is_recreated_do_not_end_it() {
-        let both = pod("u1", "web", &["a", "b"]);
+        let both = pod("u1", &["a", "b"]);
         let gone = TerminationEvidence {
             sandbox_gone: true,
             ..DENIED
@@ -411,7 +411,7 @@ mod tests {
 
     #[test]
     fn stops_that_waited_for_the_agent_wait_for_each_other_once_more() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(false);
         stops.record_stop(&id("a"), at(0), at(8000));
         let first = stops.classify_stop(&pod, &id("a"), NOTHING, at(8000));
@@ -427,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_stop_during_a_prestop_wait_is_the_pods_end() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let evidence = TerminationEvidence {
             prestop_wait: true,
             ..NOTHING
@@ -444,7 +444,7 @@ mod tests {
 
     #[test]
     fn stops_of_all_containers_outweigh_a_prestop_wait() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let evidence = TerminationEvidence {
             prestop_wait: true,
             ..NOTHING
@@ -458,7 +458,7 @@ mod tests {
 
     #[test]
     fn a_sandbox_stop_ends_its_own_pod_only() {
-        let (mine, other) = (pod("u1", "web", &["a"]), pod("u2", "db", &["x"]));
+        let (mine, other) = (pod("u1", &["a"]), pod("u2", &["x"]));
         let mut stops = TerminationDetector::new(false);
         stops.record_sandbox_stop(&mine.sandbox, at(0));
         let verdict = requested(&mut stops, &mine, &id("a"), NOTHING, at(10));
@@ -469,7 +469,7 @@ mod tests {
 
     #[test]
     fn a_sandbox_stop_ends_no_hold_of_a_pod_that_is_not_deleted() {
-        let both = pod("u1", "web", &["a", "b"]);
+        let both = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(false);
         requested(&mut stops, &both, &id("a"), DENIED, at(0));
         let held = requested(&mut stops, &both, &id("b"), DENIED, at(4));
@@ -486,7 +486,7 @@ mod tests {
 
     #[test]
     fn a_sandbox_stop_is_held_if_something_runs_or_drains() {
-        let runs = pod("u1", "web", &["a"]);
+        let runs = pod("u1", &["a"]);
         let ended = exited(runs.clone(), "a");
         assert_eq!(
             classify_sandbox_stop(&runs, false),
@@ -501,7 +501,7 @@ mod tests {
 
     #[test]
     fn stops_of_all_running_containers_are_the_pods_end() {
-        let pod = exited(pod("u1", "web", &["a", "b", "done"]), "done");
+        let pod = exited(pod("u1", &["a", "b", "done"]), "done");
         let mut stops = TerminationDetector::new(false);
         let first = requested(&mut stops, &pod, &id("a"), NOTHING, at(0));
         assert_eq!(first, Verdict::WaitUntil(at(1000)));
@@ -513,7 +513,7 @@ mod tests {
 
     #[test]
     fn a_container_that_stops_at_once_still_counts_beside_the_other() {
-        let both = pod("u1", "web", &["a", "b"]);
+        let both = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(false);
         requested(&mut stops, &both, &id("a"), NOTHING, at(0));
         let rest = exited(both, "a");
@@ -523,7 +523,7 @@ mod tests {
 
     #[test]
     fn a_restarted_container_and_its_predecessor_count_as_one() {
-        let mut pod = exited(pod("u1", "web", &["a1", "a2"]), "a1");
+        let mut pod = exited(pod("u1", &["a1", "a2"]), "a1");
         pod.containers.iter_mut().for_each(|c| c.name = "a".into());
         let mut stops = TerminationDetector::new(false);
         requested(&mut stops, &pod, &id("a1"), NOTHING, at(0));
@@ -533,7 +533,7 @@ mod tests {
 
     #[test]
     fn a_stop_of_one_of_several_counts_as_a_restart_after_a_second() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(true);
         requested(&mut stops, &pod, &id("a"), NOTHING, at(0));
         let early = stops.classify_stop(&pod, &id("a"), NOTHING, at(999));
@@ -547,7 +547,7 @@ mod tests {
 
     #[test]
     fn the_time_between_stops_counts_from_their_arrival_and_not_from_their_classification() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(false);
         stops.record_stop(&id("a"), at(0), at(0));
         stops.record_stop(&id("b"), at(900), at(900));
@@ -566,7 +566,7 @@ mod tests {
 
     #[test]
     fn retries_of_all_stops_are_classified_like_first_stops() {
-        let pod = pod("u1", "web", &["a", "b"]);
+        let pod = pod("u1", &["a", "b"]);
         let mut stops = TerminationDetector::new(false);
         for round in [0, 12_000] {
             let first = requested(&mut stops, &pod, &id("a"), NOTHING, at(round));
@@ -578,7 +578,7 @@ mod tests {
 
     #[test]
     fn the_only_container_is_held_only_with_hold_unknown() {
-        let pod = exited(pod("u1", "web", &["a", "init"]), "init");
+        let pod = exited(pod("u1", &["a", "init"]), "init");
         let ask = |hold_unknown| {
             requested(
                 &mut TerminationDetector::new(hold_unknown),
@@ -596,11 +596,11 @@ mod tests {
     fn stops_are_forgotten_after_a_minute() {
         let mut stops = TerminationDetector::new(false);
         for n in 0..1000 {
-            let pod = pod(&format!("u{n}"), "web", &["a", "b"]);
+            let pod = pod(&format!("u{n}"), &["a", "b"]);
             requested(&mut stops, &pod, &id("a"), NOTHING, at(n));
             stops.record_sandbox_stop(&pod.sandbox, at(n));
         }
-        let pod = pod("u0", "web", &["a", "b"]);
+        let pod = pod("u0", &["a", "b"]);
         let verdict = stops.classify_stop(&pod, &id("a"), NOTHING, at(62_000));
         assert_eq!(verdict, Verdict::No(NotEnding::OthersRun));
         assert!(stops.stops.is_empty() && stops.sandboxes.is_empty());

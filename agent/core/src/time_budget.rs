@@ -19,7 +19,7 @@ const DEFAULT_RESERVE: Duration = Duration::from_secs(5);
 /// The shortest RPC deadline that the proxy forwards.
 const MIN_RPC_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The timeouts of a call, counted from its arrival.
+/// The timeouts of a CRI call, as the proxy reads them, counted from its arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeBudget {
     /// The timeout of a StopContainer; StopPodSandbox has none.

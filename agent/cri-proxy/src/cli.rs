@@ -128,7 +128,7 @@ impl ProxyCli {
         let listening = listen(&self.listen).await?;
         refuse_own_socket(&listening.listener, &self.runtime)?;
         let options = ProxyOptions {
-            answer_within: self.stop_within,
+            stop_within: self.stop_within,
             agent_restart_within: self.agent_restart_within,
             ..ProxyOptions::new(self.runtime, self.agent)
         };

@@ -1,4 +1,4 @@
-//! The CRI hook: a proxy between the kubelet and the container runtime that can hold the stop of a pod.
+//! The CRI proxy: it stands between the kubelet and the container runtime, and can hold the stop of a pod.
 //!
 //! ```text
 //!  kubelet ══ HTTP/2 ══► connection ══ HTTP/2 ══► upstream: the runtime
@@ -23,7 +23,7 @@
 //! steps:
 //!
 //! ```text
-//!  serving ── SIGTERM ──► leaving ── all answered, or `answer_within` ──► closing ── 1.5 s ──► gone
+//!  serving ── SIGTERM ──► leaving ── all answered, or `stop_within` ──► closing ── 1.5 s ──► gone
 //!                         forwards held calls, holds no new ones,         GOAWAY
 //!                         and serves all calls, on new connections too
 //! ```
@@ -72,7 +72,7 @@ pub struct ProxyOptions {
     pub agent_restart_within: Duration,
     /// How long a stopping proxy goes on serving until forwarded calls are answered: stops, image pulls, and calls
     /// with a `grpc-timeout`.
-    pub answer_within: Duration,
+    pub stop_within: Duration,
     /// How long the calls that are open after that, such as event streams, may take to end. Then the proxy cuts them
     /// off: callers get UNAVAILABLE, and the runtime sees them cancelled.
     pub closing_grace: Duration,
@@ -85,14 +85,14 @@ impl ProxyOptions {
             runtime: runtime.into(),
             agent: agent.into(),
             agent_restart_within: Duration::from_secs(10),
-            answer_within: Duration::from_secs(60),
+            stop_within: Duration::from_secs(60),
             closing_grace: Duration::from_millis(1500),
         }
     }
 }
 
 /// Serves the CRI on `listener` until `shutdown` is cancelled. Then it forwards held calls at once and goes on
-/// serving, without holding, until all forwarded calls are answered or [`ProxyOptions::answer_within`] has passed.
+/// serving, without holding, until all forwarded calls are answered or [`ProxyOptions::stop_within`] has passed.
 /// Then it accepts no connections, sends GOAWAY to its clients, and returns when the last call has ended or
 /// [`ProxyOptions::closing_grace`] has passed.
 ///
@@ -108,14 +108,14 @@ pub async fn serve(listener: UnixListener, options: ProxyOptions, shutdown: Canc
     let mut connections = JoinSet::new();
     let unanswered = TaskTracker::new();
     let closing = CancellationToken::new();
-    let mut answered = std::pin::pin!(answered(&unanswered, options.answer_within, &shutdown));
+    let mut answered = std::pin::pin!(answered(&unanswered, options.stop_within, &shutdown));
     info!(
         version = env!("CARGO_PKG_VERSION"),
         listen = %listener.local_addr().map_or_else(|e| e.to_string(), socket_name),
         runtime = %options.runtime.display(),
         agent = %options.agent.display(),
         agent_restart_within = ?options.agent_restart_within,
-        stop_within = ?options.answer_within,
+        stop_within = ?options.stop_within,
         "the CRI proxy is serving"
     );
     let mut warned: Option<Instant> = None;

@@ -168,15 +168,6 @@ impl AgentClient {
         self.whole(Method::POST, path, body, Some(REPLY)).await
     }
 
-    /// `GET path`, with the reply as a stream of JSON lines. Only the connect has a time limit; the caller sets its
-    /// own for the rest.
-    pub async fn get_lines<T: DeserializeOwned>(
-        &self,
-        path: &str,
-    ) -> Result<JsonLines<T>, AgentError> {
-        self.lines(Method::GET, path, Bytes::new()).await
-    }
-
     /// `POST path` with `body` as JSON, with the reply as a stream of JSON lines. Only the connect has a time limit;
     /// the caller sets its own for the rest.
     pub async fn post_lines<B, T>(&self, path: &str, body: &B) -> Result<JsonLines<T>, AgentError>
@@ -543,13 +534,18 @@ mod tests {
         assert!(matches!(error, AgentError::Lost { .. }), "{error:?}");
     }
 
+    async fn get_lines(client: &AgentClient) -> JsonLines<Value> {
+        let lines = client.lines(Method::GET, "/v1/lines", Bytes::new());
+        lines.await.unwrap()
+    }
+
     #[tokio::test]
     async fn reads_lines_with_or_without_a_last_newline() {
         let (_directory, client) = agent(Router::new().route(
             "/v1/lines",
             get(async || "{\"a\":1}\n\n  \r\n{\"a\":2}\n{\"a\":3}"),
         ));
-        let mut lines = client.get_lines::<Value>("/v1/lines").await.unwrap();
+        let mut lines = get_lines(&client).await;
         for a in 1..=3 {
             assert_eq!(lines.next().await.unwrap(), Some(json!({ "a": a })));
         }
@@ -561,7 +557,7 @@ mod tests {
     async fn a_line_that_is_too_long_is_an_error() {
         let (_directory, client) =
             agent(Router::new().route("/v1/lines", get(async || "1".repeat(LONGEST_LINE + 1))));
-        let mut lines = client.get_lines::<Value>("/v1/lines").await.unwrap();
+        let mut lines = get_lines(&client).await;
         let error = lines.next().await.unwrap_err();
         assert!(matches!(error, AgentError::BadReply { .. }), "{error:?}");
     }

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, str::FromStr};
 
+use ebb_core::ip_network::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 /// The query of `GET /v1/pods`.
@@ -218,53 +219,9 @@ fn requirement(text: &str) -> Result<Requirement, String> {
     }
 }
 
-/// An address, or a network: `10.0.0.0/8`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PeerNetwork {
-    address: IpAddr,
-    bits: u8,
-}
-
-impl PeerNetwork {
-    /// Whether the address is in the network.
-    pub fn contains(&self, other: IpAddr) -> bool {
-        match (self.address, other.to_canonical()) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => {
-                let shift = 32 - u32::from(self.bits);
-                a.to_bits().checked_shr(shift) == b.to_bits().checked_shr(shift)
-            }
-            (IpAddr::V6(a), IpAddr::V6(b)) => {
-                let shift = 128 - u32::from(self.bits);
-                a.to_bits().checked_shr(shift) == b.to_bits().checked_shr(shift)
-            }
-            _ => false,
-        }
-    }
-}
-
-impl FromStr for PeerNetwork {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no address and no network such as 10.0.0.0/8");
-        let (address, bits) = match text.split_once('/') {
-            Some((address, bits)) => (address, Some(bits)),
-            None => (text, None),
-        };
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let address = address.to_canonical();
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        let bits = bits.map_or(Ok(most), |bits| bits.parse().map_err(|_| wrong()))?;
-        if bits > most {
-            return Err(wrong());
-        }
-        Ok(Self { address, bits })
-    }
-}
-
 /// Addresses and networks: `10.0.0.7,fd00::/8`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerNetworks(Vec<PeerNetwork>);
+pub struct PeerNetworks(Vec<IpNetwork>);
 
 impl PeerNetworks {
     /// Whether the address is in one of them.
@@ -333,24 +290,6 @@ mod tests {
         assert_eq!(of("cronjobs/web"), Some((OwnerKind::Job, web())));
         for none in ["web", "shop/web", "deploy/", "", "/web"] {
             assert_eq!(of(none), None, "{none}");
-        }
-    }
-
-    #[test]
-    fn a_network_contains_its_addresses() {
-        let network = |text: &str| text.parse::<PeerNetwork>().unwrap();
-        let address = |text: &str| text.parse::<IpAddr>().unwrap();
-        assert!(network("10.1.0.0/16").contains(address("10.1.2.3")));
-        assert!(network("10.1.0.0/16").contains(address("::ffff:10.1.2.3")));
-        assert!(!network("10.1.0.0/16").contains(address("10.2.0.0")));
-        assert!(network("10.1.2.3").contains(address("10.1.2.3")));
-        assert!(!network("10.1.2.3").contains(address("10.1.2.4")));
-        assert!(network("0.0.0.0/0").contains(address("192.0.2.1")));
-        assert!(!network("0.0.0.0/0").contains(address("::1")));
-        assert!(network("fd00::/8").contains(address("fd12::1")));
-        assert!(network("::/0").contains(address("fd12::1")));
-        for wrong in ["10.1.0.0/33", "10.1/8", "web", "", "10.0.0.0/", "::/129"] {
-            assert!(wrong.parse::<PeerNetwork>().is_err(), "{wrong}");
         }
     }
 

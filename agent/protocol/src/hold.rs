@@ -27,8 +27,8 @@ pub const HOLDS_PATH: &str = "/v1/holds";
 pub const BYPASS_PATH: &str = "/v1/passed";
 
 /// How long the proxy waits for the first message. To find out whether a pod is terminating, the agent may need 0.5 s
-/// for a slow runtime, 0.8 s for the API server, and 1 s from the arrival for the stops of the pod's other
-/// containers.
+/// for the runtime's list of pods (1.3 s if the last list does not have the container), 0.8 s for the API server and
+/// 0.3 s for logind, and at least 1 s from the call's arrival for the stops of the pod's other containers.
 pub const FIRST_MESSAGE_WITHIN: Duration = Duration::from_millis(2500);
 
 /// The file beside the agent's `socket` in which an agent that stops notes when that was. An agent that starts removes
@@ -42,7 +42,7 @@ pub fn format_stop_note(stopped: BootTime) -> String {
     format!("{}\n", stopped.as_nanos())
 }
 
-/// When the agent stopped that left this note; `None` if there is no note.
+/// When the agent stopped, by its note; `None` if there is no note.
 pub fn read_stop_note(path: &Path) -> Option<BootTime> {
     let nanos = fs::read_to_string(path).ok()?.trim().parse().ok()?;
     Some(BootTime::from_nanos(nanos))

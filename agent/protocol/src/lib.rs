@@ -23,10 +23,10 @@
 //! | `GET /v1/pods` with [`filter::PodQuery`] | [`views::PodList`] |
 //! | `GET /v1/flows` with [`filter::FlowQuery`] | [`views::FlowList`]; without `all`, inbound flows only |
 //! | `GET /v1/flows/table` with the same | [`table::RenderedTable`], the text of `ebb flows`: 100,000 flows as JSON take longer than their dump |
-//! | `GET /v1/drains` | [`views::DrainList`]: drains under way, then those that are over, newest first |
+//! | `GET /v1/drains` with [`filter::DrainQuery`] | [`views::DrainList`]: drains under way, then those that are over, newest first |
 //! | `GET /v1/explain?pod=NAME` | [`views::Explanation`], or 404: the agent knows neither the pod nor a stop of it |
 //! | `GET /v1/advice` | [`views::AdviceList`] |
-//! | `GET /v1/wait?pod=NAME` | [`views::WaitReply`] |
+//! | `GET /v1/wait?pod=NAME`, and `until` and `timeout` as on the node port | [`views::WaitReply`], or 404 (no such pod, or several) |
 //! | `GET /v1/version` | [`views::VersionView`] |
 //! | `POST /v1/release` with [`views::ReleaseRequest`] | [`views::Released`], 404 (no such pod, or several) or 409 (it is not draining) |
 //! | `GET /v1/wait` on the node port and inside pods | [`views::WaitReply`] |
@@ -37,10 +37,14 @@
 //! | any failure | [`views::Problem`] |
 //! | `POST /v1/holds`, `POST /v1/passed` | for the CRI proxy: [`hold`] |
 //!
-//! `reason` of a drain is one of `drained`, `deadline`, `manual`, `untracked`, `shutdown`
-//! ([`ReleaseReason`](ebb_core::release::ReleaseReason)). A stop that was held has one of these or `exited`. A stop
-//! that was forwarded at once has one of `not-terminating`, `drain-off`, `nothing-runs`, `exited`, `no-time`,
-//! `agent-away`, `agent-silent`, `unreadable` (only counted: the proxy knows no pod).
+//! `reason` is one of these:
+//!
+//! | of | |
+//! | --- | --- |
+//! | a drain | `drained`, `deadline`, `manual`, `untracked`, `not-terminating`, `shutdown`; `exited` if it was only observed ([`ReleaseReason`](ebb_core::release::ReleaseReason)) |
+//! | a stop that was held | that of its drain; `exited`: what the call stops has exited by itself; `agent-ended`: the agent was killed |
+//! | a stop that was forwarded at once, by the agent | `not-terminating`, `observe`, `drain-off`, `nothing-runs`, `exited` |
+//! | … by the proxy | `no-time`, `agent-away`, `agent-silent`, `unreadable` (only counted: the proxy knows no pod), `other` (of a newer proxy; [`BypassReason`](hold::BypassReason)) |
 
 pub mod client;
 pub mod filter;

@@ -148,7 +148,7 @@ fn blanks(out: &mut String, mut n: usize) {
     }
 }
 
-/// The columns of `ebb pods` and `ebb flows` that are not only for `-o wide`.
+/// How many columns, from the left, `ebb pods`, `ebb flows`, `ebb drains` and `ebb advise` show without `-o wide`.
 const POD_COLUMNS: usize = 9;
 const FLOW_COLUMNS: usize = 12;
 const DRAIN_COLUMNS: usize = 9;

@@ -52,7 +52,7 @@ pub struct PodView {
     pub labels: BTreeMap<String, String>,
     /// Its containers.
     pub containers: Vec<ContainerView>,
-    /// Inbound flows that would hold a drain, by state. Absent if ebb can't see them.
+    /// Flows that are not exempt, by state. Absent if ebb can't see them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flows: Option<FlowCounts>,
     /// Number of different peers of these flows.
@@ -64,7 +64,7 @@ pub struct PodView {
     /// New inbound connections per second, including those that hold no drain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_per_second: Option<f64>,
-    /// Lower bound of the age of the oldest inbound flow.
+    /// The age of the oldest of these flows; a lower bound if `oldest_is_at_least`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oldest_ms: Option<u64>,
     /// Whether that flow may be older: its opening was not seen.
@@ -148,9 +148,10 @@ pub struct FlowView {
     pub direction: Direction,
     /// What it is doing.
     pub state: FlowState,
-    /// Whether `state` is not `idle`.
+    /// Whether `state` is neither `idle` nor `lost`.
     pub live: bool,
-    /// Whether it would hold a drain; if not, `exempt` says why.
+    /// Whether it would hold a drain now. If not, `exempt` says why; without `exempt`, it is lost, or the pod dialled it
+    /// and it is idle.
     pub holds: bool,
     /// Why it does not hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,5 +1,5 @@
-//! Removes what a killed agent has left in its run directory (`ebb agent --cleanup`): socket, lock, journal and
-//! history.
+//! Removes what a killed agent has left in its run directory (`ebb agent --cleanup`): socket, lock, journal, history and
+//! the note of a stop.
 //!
 //! BPF programs and maps are not pinned, so the kernel frees them with the agent's descriptors.
 

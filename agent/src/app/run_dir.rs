@@ -1,4 +1,5 @@
-//! The agent's run directory: its socket, the journal and the history for the next agent, and a lock against a second agent.
+//! The agent's run directory: its socket; the journal, the history and the note of a stop for the next agent; and a lock
+//! against a second agent.
 
 use std::{
     fs::{DirBuilder, File, Permissions},

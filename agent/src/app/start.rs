@@ -2,7 +2,9 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use ebb_core::{clock::BootTime, format::one_line, policy::Policy, scope::Scope};
+use ebb_core::{
+    clock::BootTime, drain_report::DrainNotice, format::one_line, policy::Policy, scope::Scope,
+};
 use ebb_protocol::{
     hold::format_stop_note,
     service::{
@@ -36,7 +38,7 @@ use crate::{
         cri::{Cri, CriError},
         discover::NodePaths,
         kube::{Kube, KubeError, KubeMode},
-        kubepods::Kubepods,
+        kubepods::KubepodsCgroup,
         peer_names,
         policies::PodPolicies,
         store::Pods,
@@ -126,16 +128,13 @@ pub(crate) enum StartError {
 
 /// A started agent. Dropping it releases what it holds and detaches the BPF programs.
 pub(crate) struct Running {
-    api: Api,
-    node_port: Arc<NodePort>,
-    pod_ports: PodPorts,
+    servers: Servers,
     pods: Arc<Pods>,
     drains: DrainHandle,
     tasks: TaskHealth,
     /// Waits for the end of tasks that must not end, by the name of the task.
     lasting: Vec<(&'static str, BoxFuture<'static, ()>)>,
     changes: Arc<ChangeNotifier>,
-    history: Arc<SavedHistory>,
     reporter: Reporter,
     /// Ends when the drain driver ends.
     reporting: JoinHandle<()>,
@@ -200,14 +199,13 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         bpf_log: config.bpf_log,
         kubelet: Some(KubeletCgroup {
             root: config.cgroup_root.clone(),
-            named: config.kubelet_cgroup,
+            named: config.kubelet_cgroup.clone(),
         }),
         cgroup_root: Some(config.cgroup_root.clone()),
     })?;
     checks::cgroup_root(&config.cgroup_root);
     let journal = journal(&run_dir);
     let tasks = TaskHealth::default();
-    let kubepods = Kubepods::new(config.cgroup_root.clone());
     let runtime_events = change_notifier::follow_runtime(cri.clone(), Arc::clone(&changes));
     let runtime_events = tokio::spawn(
         tasks
@@ -219,7 +217,7 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         NodePaths {
             host_netns: tracker.host_netns(),
             proc: PROC.into(),
-            cgroup_root: config.cgroup_root,
+            cgroup_root: config.cgroup_root.clone(),
         },
     ));
     let (notice_sender, notices) = mpsc::unbounded_channel();
@@ -232,25 +230,12 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         Some(Arc::new(notifier)),
     );
     let metrics = Arc::new(Metrics::default());
-    let events = match (kube.client(), &config.node_name) {
-        (Some(client), Some(node)) => {
-            EventWriter::start(client.clone(), node, Arc::clone(&metrics))
-        }
-        _ => EventWriter::off(),
-    };
+    let reporting = start_reporting(&config, &kube, traces, notices, &metrics, &tasks);
     let lasting: Vec<(_, BoxFuture<'static, ()>)> = vec![
         ("the watch on the API server", Box::pin(kube.ended())),
-        ("the task that writes Events", Box::pin(events.ended())),
+        ("the task that writes Events", reporting.events_ended),
     ];
-    let reporter = Reporter::new(Arc::clone(&metrics), events, traces);
-    let annotations = annotation_warnings::follow(kube.pods(), config.policy.clone(), {
-        let reporter = reporter.clone();
-        move |event| reporter.report(event)
-    });
     let watch = |name, task: BoxFuture<'static, ()>| tokio::spawn(tasks.clone().watch(name, task));
-    watch("the check of annotations", Box::pin(annotations));
-    let reports = reporter.clone().follow(notices);
-    let reporting = watch("the reporter of drains", Box::pin(reports));
     if let (Some(_), Some(node)) = (kube.client(), &config.node_name) {
         let check = checks::node_name(node.clone(), kube.pods(), pods.subscribe());
         watch("the check of the node's name", Box::pin(check));
@@ -262,7 +247,7 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
 
     let exits = observed_exits::follow(Arc::clone(&pods), drains.clone());
     watch("the task that follows exits", Box::pin(exits));
-    let policies = Arc::new(PodPolicies::new(kube, config.policy));
+    let policies = Arc::new(PodPolicies::new(kube, config.policy.clone()));
     let deletions = Deletions {
         pods: Arc::clone(&pods),
         policies: Arc::clone(&policies),
@@ -272,12 +257,114 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         "the task that follows deletions",
         Box::pin(deletions.follow()),
     );
+    let reporter = reporting.reporter;
+    let parts = ServerParts {
+        tracker,
+        pods: Arc::clone(&pods),
+        policies,
+        drains: drains.clone(),
+        reporter: reporter.clone(),
+        metrics,
+        tasks: tasks.clone(),
+    };
+    let servers = build_servers(&config, &run_dir, parts);
+    watch(
+        "the history of drains",
+        Box::pin(Arc::clone(&servers.history).follow()),
+    );
+    Ok(Running {
+        servers,
+        pods,
+        drains,
+        tasks,
+        lasting,
+        changes,
+        reporter,
+        reporting: reporting.ended,
+        _runtime_events: AbortOnDropHandle::new(runtime_events),
+        ports,
+        socket: listening.listener,
+        socket_file: listening.file,
+        run_dir,
+        node: config.node_name,
+    })
+}
+
+/// The tasks that report what happens to pods.
+struct Reporting {
+    reporter: Reporter,
+    /// Ends when the drain driver ends.
+    ended: JoinHandle<()>,
+    /// Ends when no more Events are written.
+    events_ended: BoxFuture<'static, ()>,
+}
+
+/// Starts the reporter, which follows the `notices` of the driver, and the check of annotations.
+fn start_reporting(
+    config: &AgentConfig,
+    kube: &Kube,
+    traces: Option<DrainTracer>,
+    notices: mpsc::UnboundedReceiver<DrainNotice>,
+    metrics: &Arc<Metrics>,
+    tasks: &TaskHealth,
+) -> Reporting {
+    let events = match (kube.client(), &config.node_name) {
+        (Some(client), Some(node)) => EventWriter::start(client.clone(), node, Arc::clone(metrics)),
+        _ => EventWriter::off(),
+    };
+    let events_ended = Box::pin(events.ended());
+    let reporter = Reporter::new(Arc::clone(metrics), events, traces);
+    let annotations = annotation_warnings::follow(kube.pods(), config.policy.clone(), {
+        let reporter = reporter.clone();
+        move |event| reporter.report(event)
+    });
+    tokio::spawn(tasks.clone().watch("the check of annotations", annotations));
+    let reports = reporter.clone().follow(notices);
+    let ended = tokio::spawn(tasks.clone().watch("the reporter of drains", reports));
+    Reporting {
+        reporter,
+        ended,
+        events_ended,
+    }
+}
+
+/// What the servers are made of.
+struct ServerParts {
+    tracker: Tracker,
+    pods: Arc<Pods>,
+    policies: Arc<PodPolicies>,
+    drains: DrainHandle,
+    reporter: Reporter,
+    metrics: Arc<Metrics>,
+    tasks: TaskHealth,
+}
+
+/// The agent's servers, before they serve.
+struct Servers {
+    api: Api,
+    node_port: Arc<NodePort>,
+    pod_ports: PodPorts,
+    history: Arc<SavedHistory>,
+}
+
+/// Makes the servers, and restores the history.
+fn build_servers(config: &AgentConfig, run_dir: &RunDir, parts: ServerParts) -> Servers {
+    let ServerParts {
+        tracker,
+        pods,
+        policies,
+        drains,
+        reporter,
+        metrics,
+        tasks,
+    } = parts;
     let services = PodServices {
         pods: Arc::clone(&pods),
         flows: PodFlows::new(tracker.clone(), Arc::clone(&policies)),
         drains: drains.clone(),
     };
-    let shutdown = NodeShutdown::new(config.dbus_socket);
+    let shutdown = NodeShutdown::new(config.dbus_socket.clone());
+    let kubepods = KubepodsCgroup::new(config.cgroup_root.clone());
     let waits = Arc::new(Waits::new(
         PeerResolver::new(tracker.clone(), Arc::clone(&pods), kubepods),
         services.clone(),
@@ -290,11 +377,7 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         Arc::clone(&metrics),
     ));
     let history = Arc::new(SavedHistory::restore(run_dir.history(), &drains, &holds));
-    watch(
-        "the history of drains",
-        Box::pin(Arc::clone(&history).follow()),
-    );
-    let warnings = Arc::new(WaitPortWarnings::new(reporter.clone()));
+    let warnings = Arc::new(WaitPortWarnings::new(reporter));
     let api = Api::new(
         services,
         holds,
@@ -302,48 +385,32 @@ pub(crate) async fn start(config: AgentConfig) -> Result<Running, StartError> {
         Arc::clone(&warnings),
         ConnectionLifetimes::new(tracker.clone(), metrics.workloads.clone()),
     );
+    let sources = ScrapeSources {
+        tracker: tracker.clone(),
+        pods: Arc::clone(&pods),
+        policies: Arc::clone(&policies),
+        drains: drains.clone(),
+        run_dir: config.run_dir.clone(),
+    };
     let node_port = NodePort::new(
         Arc::clone(&waits),
         Arc::clone(&pods),
-        drains.clone(),
-        tasks.clone(),
-        Scraper::new(
-            ScrapeSources {
-                tracker: tracker.clone(),
-                pods: Arc::clone(&pods),
-                policies: Arc::clone(&policies),
-                drains: drains.clone(),
-                run_dir: config.run_dir,
-            },
-            metrics,
-        ),
-    );
-    let pod_ports = PodPorts {
-        tracker,
-        pods: Arc::clone(&pods),
-        policies,
-        waits,
-        warnings,
-    };
-    Ok(Running {
-        api,
-        node_port: Arc::new(node_port),
-        pod_ports,
-        pods,
         drains,
         tasks,
-        lasting,
-        changes,
+        Scraper::new(sources, metrics),
+    );
+    Servers {
+        api,
+        node_port: Arc::new(node_port),
+        pod_ports: PodPorts {
+            tracker,
+            pods,
+            policies,
+            waits,
+            warnings,
+        },
         history,
-        reporter,
-        reporting,
-        _runtime_events: AbortOnDropHandle::new(runtime_events),
-        ports,
-        socket: listening.listener,
-        socket_file: listening.file,
-        run_dir,
-        node: config.node_name,
-    })
+    }
 }
 
 /// Passes each list of pods to the metrics, because a pod may be gone by the next scrape, and to the drains, which keep
@@ -396,15 +463,18 @@ impl Running {
     /// Serves until `stop`, then releases all holds and ends.
     pub(crate) async fn serve(self, stop: CancellationToken) {
         let Self {
-            api,
-            node_port,
-            pod_ports,
+            servers:
+                Servers {
+                    api,
+                    node_port,
+                    pod_ports,
+                    history,
+                },
             pods,
             drains,
             tasks,
             lasting,
             changes,
-            history,
             reporter,
             reporting,
             _runtime_events,
@@ -425,21 +495,21 @@ impl Running {
             policy = %pod_ports.policies.node(),
             "tracking TCP connections"
         );
-        let mut servers = tokio::task::JoinSet::new();
+        let mut serving = tokio::task::JoinSet::new();
         let watch = |name, server: BoxFuture<'static, ()>| {
             tasks.clone().watch_server(name, stop.clone(), server)
         };
         let api = api::serve(socket, Arc::new(api), stop.clone());
-        servers.spawn(watch("the server of the agent's socket", Box::pin(api)));
+        serving.spawn(watch("the server of the agent's socket", Box::pin(api)));
         // Until now, calls that found the socket got no answer, and the note told the proxy to ask again. If it stays,
         // calls only wait longer for this agent.
         let _ = files::remove(&run_dir.stop_note());
         for port in ports {
             let server = Arc::clone(&node_port).serve(port, stop.clone());
-            servers.spawn(watch("a server of the node port", Box::pin(server)));
+            serving.spawn(watch("a server of the node port", Box::pin(server)));
         }
         let waits = pod_port::serve(pod_ports, Arc::clone(&changes), stop.clone());
-        servers.spawn(watch("the server of wait ports", Box::pin(waits)));
+        serving.spawn(watch("the server of wait ports", Box::pin(waits)));
         for (name, ended) in lasting {
             tokio::spawn(watch(name, ended));
         }
@@ -457,7 +527,7 @@ impl Running {
                 let _ = reporting.await;
                 reporter.flush(EVENTS_WITHIN).await;
             };
-            let served = async { while servers.join_next().await.is_some() {} };
+            let served = async { while serving.join_next().await.is_some() {} };
             tokio::join!(reported, served);
         });
         if ended.await.is_err() {

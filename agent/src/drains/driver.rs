@@ -48,7 +48,7 @@ use self::{
 };
 pub use self::{
     handle::{DrainHandle, DrainsView, Hold, HoldOrder},
-    kernel::{DumpError, Kernel},
+    kernel::{Kernel, KernelRequestError},
 };
 use super::{
     history::History,

@@ -171,6 +171,7 @@ async fn send_signals(
                     Ok(None) => {
                         return vec![SignalReport {
                             outcome: SignalOutcome::Exited,
+                            detail: None,
                             ..failed(String::new())
                         }];
                     }

@@ -152,7 +152,7 @@ impl KubeletSearch {
         !self.is_waiting.swap(true, Ordering::SeqCst)
     }
 
-    /// Blocking.
+    /// Searches, and stores the result. Blocking.
     pub(super) fn run(&self) {
         let _searching = lock(&self.searching);
         self.is_waiting.store(false, Ordering::SeqCst);

@@ -37,6 +37,7 @@ use ebb_core::{
 
 pub use error::KernelError;
 pub use kubelet::KubeletCgroup;
+pub(crate) use offsets::FIRST_KERNEL;
 pub use open_counts::WorkloadCount;
 pub(crate) use pod_listener::PodListener;
 pub(crate) use programs::loaded_programs;

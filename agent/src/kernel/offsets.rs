@@ -121,7 +121,7 @@ pub(super) fn check_support(path: &Path) -> Result<(), KernelError> {
 
 /// The first version whose `sock_cgroup_data` has a pointer to the cgroup. Before, it is a tagged word, which BPF
 /// programs can't follow.
-const OLDEST: (u32, u32) = (5, 15);
+pub(crate) const FIRST_KERNEL: (u32, u32) = (5, 15);
 
 /// # Errors
 ///
@@ -130,7 +130,7 @@ pub(super) fn check_release(release: &str) -> Result<(), KernelError> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     let mut number = || numbers.next()?.parse::<u32>().ok();
     match number().zip(number()) {
-        Some(version) if version < OLDEST => Err(KernelError::TooOld {
+        Some(version) if version < FIRST_KERNEL => Err(KernelError::TooOld {
             release: release.to_owned(),
         }),
         _ => Ok(()),

@@ -155,9 +155,9 @@ fn complete(inspector: &Inspector, samples: &mut Vec<Sample>, ports: &NamespaceP
             return;
         };
         match found {
-            // The lookup does not find sockets that are bound to an interface: these keep the dumped values.
+            // A socket that is bound to an interface keeps the dumped values, because the lookup never finds it.
             Inspected::Nothing => *is_over = sample.interface == 0,
-            // So do sockets that are not plain TCP.
+            // A socket that is not plain TCP keeps them as well, because `inspect` can't read it.
             Inspected::Other(state) => {
                 *is_over = matches!(state, Some(TcpState::TimeWait | TcpState::NewSynRecv));
             }

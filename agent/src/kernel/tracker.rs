@@ -108,7 +108,7 @@ impl TrackerState {
         }
     }
 
-    /// Blocking.
+    /// Searches for the kubelet's cgroups, and gives them to `track`. Blocking.
     pub(super) fn find_kubelet(&self) {
         if let Some(search) = &self.kubelet {
             search.run();
@@ -317,7 +317,7 @@ impl Tracker {
             lock(&self.state.watched).insert(*inode, watched);
         }
         let keys = watch_keys(scope)?;
-        self.find_kubelet();
+        self.search_kubelet_if_due();
         let watching = lock(&self.state.programs.watches).begin(&keys);
         // The caller does not end a watch that failed to start, so it is undone here.
         watching.inspect_err(|_| self.unwatch(scope))
@@ -395,7 +395,8 @@ impl Tracker {
         self.state.programs.losses()
     }
 
-    fn find_kubelet(&self) {
+    /// Starts a search for the kubelet's cgroups, unless one is already waiting to start.
+    fn search_kubelet_if_due(&self) {
         if let Some(search) = &self.state.kubelet
             && let Ok(runtime) = Handle::try_current()
             && search.is_due()

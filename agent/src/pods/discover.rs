@@ -8,6 +8,7 @@ use std::{
 };
 
 use ebb_core::{
+    format::one_line,
     ids::{CgroupId, ContainerId, NetnsInode, PodName, PodUid, SandboxId},
     scope::Scope,
 };
@@ -166,10 +167,10 @@ impl Discovery {
                         self.sandboxes
                             .insert(id, CachedSandbox { facts, netns: None }),
                     ),
-                    Err(e) => drop(failed.insert(id, StatusFailure::Error(chain(&e)))),
+                    Err(e) => drop(failed.insert(id, StatusFailure::Error(one_line(&e)))),
                 },
                 Ok(None) => drop(failed.insert(id, StatusFailure::NotFound)),
-                Err(e) => drop(failed.insert(id, StatusFailure::Error(chain(&e)))),
+                Err(e) => drop(failed.insert(id, StatusFailure::Error(one_line(&e)))),
             }
         }
         failed
@@ -256,7 +257,7 @@ impl Discovery {
             )
         };
         match tokio::task::spawn_blocking(read).await {
-            Ok(found) => found.map_err(|e| chain(&e)),
+            Ok(found) => found.map_err(|e| one_line(&e)),
             Err(e) => Err(format!("cannot look up the cgroups of its containers: {e}")),
         }
     }
@@ -265,7 +266,12 @@ impl Discovery {
         if let Some(info) = self.containers.get(id) {
             return Ok(Some(info.clone()));
         }
-        let Some(answer) = self.cri.container_status(id).await.map_err(|e| chain(&e))? else {
+        let Some(answer) = self
+            .cri
+            .container_status(id)
+            .await
+            .map_err(|e| one_line(&e))?
+        else {
             return Ok(None);
         };
         if answer
@@ -275,7 +281,7 @@ impl Discovery {
         {
             return Ok(None);
         }
-        let info = parse_info(&answer.info).map_err(|e| chain(&e))?;
+        let info = parse_info(&answer.info).map_err(|e| one_line(&e))?;
         self.containers.insert(id.clone(), info.clone());
         Ok(Some(info))
     }
@@ -347,17 +353,6 @@ fn container(mut container: v1::Container) -> Container {
         wait_port,
         pre_stop_sleep,
     }
-}
-
-/// An error and its causes on one line.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        text = format!("{text}: {e}");
-        cause = e.source();
-    }
-    text
 }
 
 #[cfg(test)]

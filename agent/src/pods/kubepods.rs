@@ -21,14 +21,14 @@ const MAX_CACHED: usize = 1024;
 
 /// Tells the cgroups of pods from those of node services.
 #[derive(Debug)]
-pub struct Kubepods {
+pub struct KubepodsCgroup {
     /// The mount of cgroup v2.
     root: PathBuf,
     /// Cgroups found outside `kubepods`. The kernel does not reuse an id before the next boot.
     outside: Mutex<HashSet<CgroupId>>,
 }
 
-impl Kubepods {
+impl KubepodsCgroup {
     /// `root` is the mount of cgroup v2.
     pub fn new(root: PathBuf) -> Self {
         Self {
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn cgroups_below_kubepods_and_unknown_ones_are_not_outside() {
         let root = tempfile::tempdir().unwrap();
-        let kubepods = Kubepods::new(root.path().into());
+        let kubepods = KubepodsCgroup::new(root.path().into());
         let outside = |path: &str| {
             let path = root.path().join(path);
             fs::create_dir_all(&path).unwrap();
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn without_cgroup_v2_every_process_counts_as_outside() {
         let root = tempfile::tempdir().unwrap();
-        let kubepods = Kubepods::new(root.path().into());
+        let kubepods = KubepodsCgroup::new(root.path().into());
         assert!(kubepods.is_outside(Some(CgroupId(1))) && kubepods.is_outside(None));
         assert!(!kubepods.is_known_outside(CgroupId(1)));
     }

@@ -17,7 +17,6 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    Pod,
     cri::{Cri, CriError},
     discover::{Discovery, NodePaths},
     table::PodTable,
@@ -167,23 +166,6 @@ impl Pods {
             SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos),
         ))
     }
-
-    /// The pod that this container belongs to: from the last table, else from a new list. `None` if the runtime does
-    /// not know it, or the list fails.
-    ///
-    /// The pod may be from an earlier list; [`Pods::refresh`] returns which of its containers run now.
-    pub async fn by_container(&self, id: &ContainerId) -> Option<Arc<Pod>> {
-        if let Some(pod) = self.latest().by_container(id) {
-            return Some(Arc::clone(pod));
-        }
-        match self.refresh().await {
-            Ok(table) => table.by_container(id).cloned(),
-            Err(e) => {
-                debug!(error = %e.0, container = %id, "cannot look up an unknown container");
-                None
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -263,22 +245,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unknown_container_is_looked_up_and_a_known_one_is_not() {
-        let runtime = FakeRuntime::start();
-        let pods = pods(&runtime).await;
-        add_pod(&runtime, 1);
-        let c1 = ContainerId::new("c1");
-        for _ in 0..3 {
-            assert_eq!(
-                pods.by_container(&c1).await.unwrap().name.uid.as_str(),
-                "u1"
-            );
-        }
-        assert_eq!(runtime.calls("ListPodSandbox"), 1);
-        assert!(pods.by_container(&ContainerId::new("c2")).await.is_none());
-    }
-
-    #[tokio::test]
     async fn without_the_runtime_the_last_table_is_used_and_the_next_list_drops_removed_pods() {
         let mut runtime = FakeRuntime::start();
         let pods = pods(&runtime).await;
@@ -287,8 +253,6 @@ mod tests {
         runtime.stop();
         assert!(pods.refresh().await.is_err());
         assert_eq!(pods.latest().len(), 1);
-        assert!(pods.by_container(&ContainerId::new("c1")).await.is_some());
-        assert!(pods.by_container(&ContainerId::new("c9")).await.is_none());
         runtime.restart();
         runtime.state().sandboxes.clear();
         assert!(pods.refresh().await.unwrap().is_empty());

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use ebb_core::{
-    advice::{WorkloadHistory, advise, counts},
+    advice::{WorkloadHistory, advise, is_usable},
     drain_report::Report,
     policy::{IdleFlows, Policy},
 };
@@ -45,7 +45,7 @@ pub(super) async fn list(api: &Api, table: &PodTable) -> AdviceList {
     api.lifetimes.update(table).await;
     let view = Arc::clone(&api.drains.view().borrow());
     let mut drains: BTreeMap<(String, String), Vec<&Report>> = BTreeMap::new();
-    for report in view.finished.iter().filter(|r| counts(r)) {
+    for report in view.finished.iter().filter(|r| is_usable(r)) {
         let workload = report.workload.clone();
         // A pod without a controller stands for itself.
         let workload = workload.unwrap_or_else(|| report.pod.name.clone());

@@ -1,20 +1,6 @@
 //! The API on the agent's unix socket, which only root can use: for the CLI, and for the holds of the CRI proxy.
 //!
-//! | request | answer |
-//! | --- | --- |
-//! | `GET /v1/pods` with [`PodQuery`] | [`PodList`], or 404 (it names no pod, or several) |
-//! | `GET /v1/flows` with [`FlowQuery`] | [`FlowList`] |
-//! | `GET /v1/flows/table` with the same | [`table::RenderedTable`], the text that `ebb flows` prints |
-//! | `GET /v1/drains` with [`DrainQuery`] | [`DrainList`] |
-//! | `POST /v1/release` with [`ReleaseRequest`] | [`Released`], 404 (no such pod, or several) or 409 (it is not draining) |
-//! | `GET /v1/explain?pod=NAME` | [`Explanation`], or 404 (no such pod, and none that was stopped) |
-//! | `GET /v1/advice` | [`AdviceList`](ebb_protocol::views::AdviceList) |
-//! | `GET /v1/wait?pod=NAME`, and `until` and `timeout` as on the node port | [`WaitReply`](ebb_protocol::views::WaitReply), or 404 (no such pod, or several) |
-//! | `GET /v1/version` | [`VersionView`] |
-//! | `POST /v1/passed` with [`BypassReport`] | 204 |
-//! | `POST /v1/holds` | see [`ebb_protocol::hold`] |
-//!
-//! Errors are a [`Problem`](ebb_protocol::views::Problem).
+//! [`ebb_protocol`] lists the requests and their answers.
 
 use std::{collections::HashMap, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -19,9 +19,9 @@ pub(super) fn pod_view(
     warnings: Vec<String>,
 ) -> PodView {
     let snapshot = seen.as_ref().ok().copied();
-    let holding = || snapshot.into_iter().flat_map(Snapshot::holding);
-    let peers: std::collections::HashSet<_> = holding().map(|f| f.remote.ip()).collect();
-    let ages = || holding().map(Flow::age_to_show);
+    let not_exempt = || snapshot.into_iter().flat_map(Snapshot::not_exempt);
+    let peers: std::collections::HashSet<_> = not_exempt().map(|f| f.remote.ip()).collect();
+    let ages = || not_exempt().map(Flow::age_to_show);
     let oldest = ages().map(Age::at_least).max();
     // A connection of unknown age may be the oldest, whatever its lower bound.
     let oldest_is_at_least = ages().any(|age| age.known().is_none());

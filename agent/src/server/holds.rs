@@ -272,7 +272,7 @@ impl Holds {
             }
         })?;
         let mut record = StopView {
-            patience_ms: request.rpc_timeout_ms,
+            rpc_timeout_ms: request.rpc_timeout_ms,
             ..stop_of(&pod, &request.call)
         };
         let policies = self.flows.policies();
@@ -404,7 +404,7 @@ impl Holds {
     /// container is held only for flows that ebb sees.
     async fn has_flows(&self, pod: &Pod) -> bool {
         let flows = self.flows.snapshot(pod).await;
-        flows.is_ok_and(|flows| flows.holding().any(Flow::holds))
+        flows.is_ok_and(|flows| flows.not_exempt().any(Flow::holds))
     }
 
     /// Ends when what the call stops has exited: the container does not run any more, the pod is gone, or the sandbox

@@ -19,11 +19,7 @@ pub(super) async fn of_pod(tracker: &Tracker, pod: &Pod) -> Vec<LifetimeBucket> 
 }
 
 fn sum(counts: &[WorkloadCount], scope: &Scope) -> Vec<LifetimeBucket> {
-    let is_own = |count: &&WorkloadCount| match scope {
-        Scope::Netns { inode, .. } => count.netns == *inode,
-        Scope::HostNetwork(cgroups) => cgroups.contains(&count.cgroup),
-        Scope::Untracked(_) => false,
-    };
+    let is_own = |count: &&WorkloadCount| scope.contains(count.cgroup, count.netns);
     let mut sums = [0; LIFETIMES_MS.len() + 1];
     for count in counts.iter().filter(is_own) {
         for (sum, n) in sums.iter_mut().zip(count.lifetimes) {

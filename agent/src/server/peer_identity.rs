@@ -22,7 +22,7 @@ use tokio::{sync::Semaphore, time::sleep};
 use super::keyed_semaphore::{KeyedSemaphore, Permit};
 use crate::{
     kernel::Tracker,
-    pods::{Pod, kubepods::Kubepods, store::Pods, table::PodTable},
+    pods::{Pod, kubepods::KubepodsCgroup, store::Pods, table::PodTable},
 };
 
 /// Both ends of a connection, from the agent's socket.
@@ -66,7 +66,7 @@ pub(crate) struct PeerResolver {
     tracker: Tracker,
     pods: Arc<Pods>,
     limits: PeerLimits,
-    kubepods: Arc<Kubepods>,
+    kubepods: Arc<KubepodsCgroup>,
 }
 
 /// Limits of the work for callers.
@@ -141,7 +141,7 @@ enum OnHost {
 
 impl PeerResolver {
     /// `kubepods` distinguishes the node's own processes from those of pods.
-    pub(crate) fn new(tracker: Tracker, pods: Arc<Pods>, kubepods: Kubepods) -> Self {
+    pub(crate) fn new(tracker: Tracker, pods: Arc<Pods>, kubepods: KubepodsCgroup) -> Self {
         Self {
             tracker,
             pods,

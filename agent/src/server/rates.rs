@@ -102,18 +102,13 @@ impl Rate {
 
     /// The new connections of a pod per second; `None` if ebb can't see them.
     pub(super) fn of(&self, scope: &Scope) -> Option<f64> {
-        let is_its = |cgroup: &CgroupId, netns: &NetnsInode| match scope {
-            Scope::Netns { inode, .. } => netns == inode,
-            Scope::HostNetwork(cgroups) => cgroups.contains(cgroup),
-            Scope::Untracked(_) => false,
-        };
         if matches!(scope, Scope::Untracked(_)) || self.over.is_zero() {
             return None;
         }
         let own = self
             .opened
             .iter()
-            .filter(|((cgroup, netns), _)| is_its(cgroup, netns));
+            .filter(|((cgroup, netns), _)| scope.contains(*cgroup, *netns));
         let opened: u64 = own.map(|(_, n)| n).sum();
         Some(opened as f64 / self.over.as_secs_f64())
     }

@@ -23,7 +23,8 @@ pub(crate) enum EventReason {
     DrainObserved,
     /// The drain ended at its deadline.
     DrainDeadline,
-    /// The drain ended because a user released it, the agent stopped, or ebb cannot see the pod's connections.
+    /// The drain ended because a user released it, the agent stopped, the pod does not terminate, or ebb cannot see the
+    /// pod's connections.
     DrainReleased,
     /// The settle phase is over, and new connections still arrive.
     DrainBlocked,

@@ -369,7 +369,13 @@ fn drains_are_released_by_lookups_although_others_have_thousands_of_connections(
 /// Waits for the first dump of the drain phase.
 pub(crate) fn until_dumped(drains: &DrainHandle) -> Result<()> {
     let begun = Instant::now();
-    while !drains.view().borrow().active.iter().any(|r| r.walks == 2) {
+    while !drains
+        .view()
+        .borrow()
+        .active
+        .iter()
+        .any(|r| r.dumps_ended == 2)
+    {
         ensure!(begun.elapsed() < Duration::from_secs(8), "not dumped");
         sleep(Duration::from_millis(5));
     }

@@ -38,7 +38,7 @@ async fn among_thousands(scene: Scene) -> Result<()> {
         eventually("the drain phase has had a dump", async || {
             let drains = agent.drains(&name).await?;
             let dumped =
-                |r: &ebb_core::drain_report::Report| r.phase == Phase::Drain && r.walks >= 2;
+                |r: &ebb_core::drain_report::Report| r.phase == Phase::Drain && r.dumps_ended >= 2;
             Ok(drains.iter().any(dumped).then_some(()))
         })
         .await?;

@@ -112,7 +112,10 @@ const LONG: &[&str] = &["--hold-unknown", "--quiet", "20s", "--settle-max", "20s
 /// Demands that the pod's drain ended because nothing listens in it.
 fn ended_at_once(report: &Report) -> Result<()> {
     ensure!(report.reason == Some(ReleaseReason::Drained), "{report:?}");
-    ensure!(report.held_ms < 15_000 && report.walks == 1, "{report:?}");
+    ensure!(
+        report.held_ms < 15_000 && report.dumps_ended == 1,
+        "{report:?}"
+    );
     let rule = report.settle.map(|settle| settle.rule);
     ensure!(rule == Some(SettleRule::NoListener), "{report:?}");
     Ok(())

@@ -4,10 +4,10 @@ use core::mem::size_of;
 
 use crate::{TICK, TICK_SHIFT};
 
-/// How long the silence usually is between the openings of a workload.
+/// The usual gap between the openings of a workload: the mean of the pauses between connections over about the last
+/// minute, weighted by their length: a pause of 10 s counts ten times as much as one of 1 s.
 ///
-/// It is the gap that a random moment of the last minute fell into, on average: each gap has as much weight as it is
-/// long. So for connections that come in bursts it is the pause between the bursts, and not the gap within one.
+/// So for connections that come in bursts it is the pause between the bursts, and not the gap within one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Gap {

@@ -64,7 +64,7 @@ struct MeasureOptions {
     /// Print one JSON document on standard output; progress goes to standard error.
     #[arg(long)]
     json: bool,
-    /// Three pairs instead of eleven, and less of everything: a test of the bench, not a measurement.
+    /// One pair instead of eleven, and less of everything: a test of the bench, not a measurement.
     #[arg(long)]
     quick: bool,
     /// Only these parts: cost, churn, keepalive, many, release; calls, held.

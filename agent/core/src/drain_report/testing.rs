@@ -46,7 +46,7 @@ pub fn report(reason: Option<ReleaseReason>) -> Report {
         settled_ms: None,
         release_lag_us: None,
         released_by: None,
-        walks: 1,
+        dumps_ended: 1,
         dumps: std::collections::BTreeMap::new(),
         lookups: 0,
         notified: Notified::NOTHING,

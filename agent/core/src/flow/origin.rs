@@ -1,4 +1,5 @@
-//! Which side opened a connection, from fields of its socket. ebb keeps no record per connection for it.
+//! Which side opened a connection, from fields of its socket. Where these do not show it, the note decides that `track`
+//! has made at the opening, if the table of opening times still has it, and without a note the ports.
 //!
 //! | socket | backlog | `sk_userlocks` | bind bucket's `fastreuse` |
 //! | --- | --- | --- | --- |
@@ -10,9 +11,9 @@
 //!
 //! An accepted socket has the backlog of its listener, and never the lock on its port, because `sk_clone_lock`
 //! (net/core/sock.c) clears it. `connect()` makes a bind bucket with −1 (`__inet_hash_connect` in
-//! net/ipv4/inet_hashtables.c). The last two rows look alike: there the ports decide, unless `track` saw the opening.
-//! If an application disconnects an accepted socket and connects it again, it still looks accepted, unless `track`
-//! saw that.
+//! net/ipv4/inet_hashtables.c). The last two rows look alike: there `track`'s note decides, or else the ports. An
+//! accepted socket that the application disconnects and connects again still looks accepted, and only the note shows
+//! that the pod dialled.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
@@ -42,7 +43,7 @@ pub struct OriginTraits {
     pub backlog: u32,
     /// `sk_userlocks`.
     pub locks: u8,
-    /// What `track` saw; `None` if it saw nothing or the record is gone.
+    /// What `track` has noted; `None` if it did not see the opening, or the note is gone.
     pub noted: Option<Noted>,
     /// `fastreuse` of its bind bucket; `None` if it has no bind bucket.
     pub fast_reuse: Option<i8>,

@@ -231,8 +231,8 @@ impl Retransmissions {
     }
 }
 
-/// The sequence numbers before the first byte of each direction, or one less. Both ends of one connection have the same
-/// two: addresses may be translated on the way, sequence numbers are not.
+/// The sequence number of the first byte of each direction, or one less. Both ends of one connection have the same:
+/// addresses may be translated on the way, sequence numbers are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceStart {
     /// Of what this end sends.

@@ -64,7 +64,7 @@ pub struct Flow {
     pub remote: SocketAddr,
     /// What it is doing.
     pub state: FlowState,
-    /// Why it does not hold a drain; `None` if it does.
+    /// Why it never holds a drain; `None` if it may.
     pub exempt: Option<Exempt>,
     /// How long it has been open.
     pub age: Age,
@@ -81,6 +81,14 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// Whether it holds a drain now.
+    pub fn holds(&self) -> bool {
+        // The pod closes it after its stop signal.
+        let is_idle_dialled =
+            self.direction == Direction::Outbound && self.state == FlowState::Idle;
+        self.exempt.is_none() && self.state != FlowState::Lost && !is_idle_dialled
+    }
+
     /// The age for people: never shorter than the silence, which the kernel counts in whole jiffies.
     pub fn age_to_show(&self) -> Age {
         match self.age {
@@ -99,14 +107,6 @@ pub struct Snapshot {
     pub flows: Vec<Flow>,
     /// Whether anything listens in the pod, except ebb itself. `None` if that is not known.
     pub listens: Option<bool>,
-}
-
-impl Flow {
-    /// Whether it can hold a drain.
-    pub fn holds(&self) -> bool {
-        let ends_by_itself = self.direction == Direction::Outbound && self.state == FlowState::Idle;
-        self.exempt.is_none() && self.state != FlowState::Lost && !ends_by_itself
-    }
 }
 
 impl Snapshot {
@@ -195,15 +195,16 @@ impl Snapshot {
         }
     }
 
-    /// The flows that are not exempt: those that hold a drain, and lost ones, which may come back.
-    pub fn holding(&self) -> impl Iterator<Item = &Flow> {
+    /// The flows that are not exempt: those that hold a drain, and those that may hold it again: lost ones, and idle ones
+    /// that the pod dialled.
+    pub fn not_exempt(&self) -> impl Iterator<Item = &Flow> {
         self.flows.iter().filter(|f| f.exempt.is_none())
     }
 
     /// These flows, by state.
     pub fn counts(&self) -> FlowCounts {
         let mut counts = FlowCounts::default();
-        for flow in self.holding() {
+        for flow in self.not_exempt() {
             counts.add(flow.state);
         }
         counts

@@ -1,7 +1,7 @@
 //! Closing idle flows: which, and how many at a time.
 //!
-//! Their clients reconnect to other pods. To spread that load, a round closes no more than [`A_ROUND`] flows, and rounds
-//! are [`PACE`] apart.
+//! Their clients reconnect to other pods. To spread that load, a round closes no more than [`MAX_PER_ROUND`] flows, and rounds
+//! are [`ROUND_INTERVAL`] apart.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -12,9 +12,9 @@ use crate::{
 };
 
 /// The most idle flows that a round closes.
-pub(super) const A_ROUND: usize = 64;
+pub(super) const MAX_PER_ROUND: usize = 64;
 /// The shortest time between two rounds.
-pub(super) const PACE: Duration = Duration::from_millis(500);
+pub(super) const ROUND_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The idle flows of a drain, and what has been done about them.
 #[derive(Debug, Default)]
@@ -53,22 +53,22 @@ impl Closing {
                 && f.direction == Direction::Inbound
                 && !self.closed.contains(&f.cookie)
         };
-        let mut idle: Vec<_> = snapshot.holding().filter(is_idle).collect();
+        let mut idle: Vec<_> = snapshot.not_exempt().filter(is_idle).collect();
         if self.next.is_some_and(|next| now < next) {
             self.more = !idle.is_empty();
             return vec![];
         }
         idle.sort_by_key(|f| self.tried.contains(&f.cookie));
         let fresh = idle.partition_point(|f| !self.tried.contains(&f.cookie));
-        self.more = fresh > A_ROUND;
+        self.more = fresh > MAX_PER_ROUND;
         if !self.more {
             self.tried.clear();
         }
-        idle.truncate(A_ROUND);
+        idle.truncate(MAX_PER_ROUND);
         self.tried.extend(idle.iter().map(|f| f.cookie));
         if !idle.is_empty() {
             self.under_way = true;
-            self.next = Some(now + PACE);
+            self.next = Some(now + ROUND_INTERVAL);
         }
         idle.into_iter().cloned().collect()
     }

@@ -95,7 +95,7 @@ pub enum Action {
 /// The latest moment of release, and what it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deadline {
-    /// The moment.
+    /// When the release comes at the latest.
     #[serde(rename = "deadline")]
     pub at: BootTime,
     /// What it comes from.
@@ -132,7 +132,7 @@ pub struct FlowEndpoints {
 /// What a drain is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
-    /// The pod.
+    /// The pod that drains.
     pub pod: PodName,
     /// The controller that created it, if any.
     pub workload: Option<String>,

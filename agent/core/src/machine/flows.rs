@@ -98,7 +98,8 @@ impl OpenFlows {
         let Some(entry) = self.remove(cookie) else {
             return false;
         };
-        self.unconfirmed.insert(cookie, (entry.ends(cookie), at));
+        self.unconfirmed
+            .insert(cookie, (entry.endpoints(cookie), at));
         true
     }
 
@@ -112,13 +113,13 @@ impl OpenFlows {
         self.missed > 0
     }
 
-    /// Corrects the set by a snapshot of `taken_at`, with its `holding` flows and the moment until which each blocks.
-    /// Flows announced since stay, flows closed meanwhile stay out, and flows in `exempt` leave it without having
+    /// Corrects the set by a snapshot of `taken_at`, with its flows that are not exempt, and the moment until which each
+    /// blocks. Flows announced since stay, flows closed meanwhile stay out, and flows in `exempt` leave it without having
     /// ended.
     pub(super) fn reconcile(
         &mut self,
         taken_at: BootTime,
-        holding: &[(&Flow, Option<BootTime>)],
+        not_exempt: &[(&Flow, Option<BootTime>)],
         exempt: &HashSet<SocketCookie>,
     ) -> Reconciled {
         let mut result = Reconciled::default();
@@ -128,7 +129,7 @@ impl OpenFlows {
         self.missed = 0;
         self.unconfirmed.retain(|_, (_, at)| *at >= taken_at);
         self.remembered = self.closed.len().max(self.unconfirmed.len());
-        for (flow, blocks_until) in holding {
+        for (flow, blocks_until) in not_exempt {
             let known = before.remove(&flow.cookie);
             let entry = OpenFlow {
                 local: flow.local,
@@ -138,8 +139,8 @@ impl OpenFlows {
                 missed: false,
             };
             if let Some(at) = self.closed.get(&flow.cookie) {
-                let ends = entry.ends(flow.cookie);
-                self.unconfirmed.insert(flow.cookie, (ends, *at));
+                let endpoints = entry.endpoints(flow.cookie);
+                self.unconfirmed.insert(flow.cookie, (endpoints, *at));
                 result.just_closed += 1;
             } else {
                 self.insert(flow.cookie, entry);
@@ -168,8 +169,8 @@ impl OpenFlows {
         if self.open.len() + self.unconfirmed.len() > few {
             return None;
         }
-        let open = self.open.iter().map(|(cookie, e)| e.ends(*cookie));
-        let gone = self.unconfirmed.values().map(|(ends, _)| *ends);
+        let open = self.open.iter().map(|(cookie, e)| e.endpoints(*cookie));
+        let gone = self.unconfirmed.values().map(|(endpoints, _)| *endpoints);
         let mut all: Vec<_> = open.chain(gone).collect();
         all.sort_unstable();
         Some(all)
@@ -257,7 +258,7 @@ impl OpenFlows {
 }
 
 impl OpenFlow {
-    const fn ends(&self, cookie: SocketCookie) -> FlowEndpoints {
+    const fn endpoints(&self, cookie: SocketCookie) -> FlowEndpoints {
         FlowEndpoints {
             cookie,
             local: self.local,

@@ -10,10 +10,10 @@ use crate::{
 };
 
 /// The shortest time between two snapshots that wait for flows to become idle.
-pub(super) const IDLE_FLOOR: Duration = Duration::from_millis(100);
+pub(super) const MIN_IDLE_INTERVAL: Duration = Duration::from_millis(100);
 /// When to look up again a flow that has been quiet for long enough, but has bytes in a queue or is not
 /// accepted yet: it may become idle at any moment, without an event.
-const IDLE_STUCK: Duration = Duration::from_secs(1);
+const IDLE_RECHECK: Duration = Duration::from_secs(1);
 
 /// The settings of the policy about idle flows.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +66,7 @@ impl Idleness {
         // The peer may answer at any moment, and then it is not lost.
         let lost = flow.unanswered_for.map(|silent| {
             let left = self.peer_timeout.saturating_sub(silent);
-            taken_at + left.max(IDLE_FLOOR)
+            taken_at + left.max(MIN_IDLE_INTERVAL)
         });
         Some(lost.map_or(until, |lost| lost.min(until)))
     }
@@ -89,7 +89,7 @@ impl Idleness {
     /// How long after a snapshot the flow can be idle at the earliest; `None` if it is already.
     ///
     /// A snapshot at that time misses nothing. If the flow has moved bytes meanwhile, that snapshot shows it and sets a
-    /// later time. So a snapshot finds the flow idle at most [`IDLE_FLOOR`] after it became idle. This holds for
+    /// later time. So a snapshot finds the flow idle at most [`MIN_IDLE_INTERVAL`] after it became idle. This holds for
     /// awaiting flows, too: the pod must first answer, and then be quiet for all of `idle_after`.
     fn until_idle(self, flow: &Flow) -> Option<Duration> {
         match flow.state {
@@ -98,7 +98,7 @@ impl Idleness {
             FlowState::Flushing => Some(RESYNC),
             FlowState::Backlog | FlowState::Active | FlowState::HalfClosed => {
                 let left = self.idle_after.saturating_sub(flow.quiet_for);
-                Some(if left.is_zero() { IDLE_STUCK } else { left })
+                Some(if left.is_zero() { IDLE_RECHECK } else { left })
             }
         }
     }

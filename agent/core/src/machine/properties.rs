@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use proptest::prelude::*;
 
 use super::{
-    settle::SHORTEST,
+    settle::MIN_QUIET,
     tests::{START, by, closed, flow, opened, subject},
     *,
 };
@@ -192,7 +192,7 @@ impl World {
                 assert!(other.is_none(), "two snapshots at a time");
             }
             Some(Action::LookUp(flows)) => {
-                assert!(flows.len() <= FEW);
+                assert!(flows.len() <= MAX_LOOKUPS);
                 let other = self.asked.replace(Asked::LookUp(flows, self.received));
                 assert!(other.is_none(), "two snapshots at a time");
             }
@@ -246,7 +246,7 @@ impl World {
                 if settle.rule == SettleRule::NoListener {
                     assert!(has_read || self.time() >= START + self.machine.policy().settle_min);
                 } else {
-                    assert!(self.time() >= START + SHORTEST, "it has not settled");
+                    assert!(self.time() >= START + MIN_QUIET, "it has not settled");
                 }
                 if until == Until::Zero {
                     assert!(self.flows.values().all(|f| !f.open), "a flow was cut");

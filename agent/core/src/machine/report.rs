@@ -22,7 +22,7 @@ impl Machine {
         self.settle.still_arriving()
     }
 
-    /// Their peers: those that had not been quiet for `quiet` when settle was over, or that connected later.
+    /// The peers of these flows: those that connected within the last `quiet` before the settle phase ended, or later.
     pub fn still_connecting(&self) -> Vec<LatePeer> {
         self.stats.late_peers(self.settle.late_since())
     }
@@ -83,7 +83,7 @@ impl Machine {
             settled_ms: self.settled.map(|at| millis(at.since(self.started))),
             release_lag_us,
             released_by: self.released_by,
-            walks: self.requests.walks,
+            dumps_ended: self.requests.dumps_ended,
             dumps: self.requests.reasons.clone(),
             lookups: self.requests.lookups,
             notified: self.notifying.notified.clone(),

@@ -15,10 +15,10 @@ const PAUSE_FORGET: Duration = Duration::from_millis(500);
 const RETRY_MIN: Duration = Duration::from_millis(50);
 /// After so many failed dumps in a row, which takes some 1.5 s if they fail at once, the pod is untracked, unless flows
 /// are known.
-pub(super) const RETRIES: u32 = 6;
+pub(super) const MAX_FAILED_DUMPS: u32 = 6;
 
 /// So many lookups in a row may be outdated before a dump is made instead.
-const OUTDATED: u32 = 4;
+const MAX_OUTDATED: u32 = 4;
 
 /// The dumps and lookups of one drain.
 #[derive(Debug, Default)]
@@ -45,10 +45,11 @@ pub(super) struct Requests {
     failures: u32,
     /// Outdated lookups in a row.
     outdated: u32,
-    /// How many came back, of each kind.
-    pub(super) walks: u32,
+    /// Dumps that came back, failed ones included.
+    pub(super) dumps_ended: u32,
+    /// Rounds of lookups that came back with an answer.
     pub(super) lookups: u32,
-    /// How many dumps were asked for, by reason.
+    /// Dumps that were requested, by reason.
     pub(super) reasons: BTreeMap<DumpReason, u32>,
 }
 
@@ -71,7 +72,7 @@ impl Requests {
             .dumped
             .is_none_or(|dumped| now.since(dumped) >= PAUSE_FORGET);
         self.pause = if !well {
-            (RETRY_MIN * 2_u32.saturating_pow(self.failures.min(RETRIES) - 1)).min(RESYNC)
+            (RETRY_MIN * 2_u32.saturating_pow(self.failures.min(MAX_FAILED_DUMPS) - 1)).min(RESYNC)
         } else if long_ago {
             PAUSE_MIN
         } else {
@@ -82,7 +83,7 @@ impl Requests {
         let whole = taken_at.is_some_and(|taken| self.lost.is_none_or(|lost| lost <= taken));
         self.base = (whole && !self.dumps_only).then_some(now);
         self.outdated = 0;
-        self.walks += 1;
+        self.dumps_ended += 1;
     }
 
     /// Lookups came back with an answer.
@@ -96,7 +97,7 @@ impl Requests {
     /// Lookups came back that were outdated. They are repeated at once, a few times; then a dump is made.
     pub(super) fn outdated(&mut self, now: BootTime) {
         self.outdated += 1;
-        if self.outdated >= OUTDATED {
+        if self.outdated >= MAX_OUTDATED {
             self.unclear(DumpReason::EventsLate, now);
         }
         self.outstanding = false;
@@ -146,6 +147,6 @@ impl Requests {
 
     /// Whether so many dumps have failed in a row that another is pointless.
     pub(super) fn given_up(&self) -> bool {
-        self.failures >= RETRIES
+        self.failures >= MAX_FAILED_DUMPS
     }
 }

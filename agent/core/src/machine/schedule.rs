@@ -1,10 +1,10 @@
 //! The schedule: when the next dump or lookup is due.
 
 use super::{
-    FEW, RESYNC,
-    closing::{Closing, PACE},
+    MAX_LOOKUPS, RESYNC,
+    closing::{Closing, ROUND_INTERVAL},
     flows::OpenFlows,
-    idleness::IDLE_FLOOR,
+    idleness::MIN_IDLE_INTERVAL,
     requests::Requests,
 };
 use crate::{
@@ -65,17 +65,23 @@ impl Schedule<'_> {
                 dump: None,
             },
             (None, _) => soon(self.why_no_lookups()),
-            (Some(_), Some(closing)) if closing.more() => dump_at(ended + PACE, DumpReason::Idle),
+            (Some(_), Some(closing)) if closing.more() => {
+                dump_at(ended + ROUND_INTERVAL, DumpReason::Idle)
+            }
             // ebb closes each flow when it becomes idle. The drain ends only when all of them are idle.
             (Some(until), Some(_)) => {
-                let idle = self.flows.next_idle().unwrap_or(until).max(ended + PACE);
+                let idle = self
+                    .flows
+                    .next_idle()
+                    .unwrap_or(until)
+                    .max(ended + ROUND_INTERVAL);
                 first(
                     dump_at(idle, DumpReason::Idle),
                     dump_at(ended + RESYNC, DumpReason::Resync),
                 )
             }
             (Some(until), None) => {
-                let at = until.max(ended + IDLE_FLOOR);
+                let at = until.max(ended + MIN_IDLE_INTERVAL);
                 let resync = self.requests.base.unwrap_or(ended) + RESYNC;
                 let dump = (!self.can_look_up()).then_some(DumpReason::Idle);
                 first(Due { at, dump }, dump_at(resync, DumpReason::Resync))
@@ -84,7 +90,7 @@ impl Schedule<'_> {
     }
 
     fn can_look_up(&self) -> bool {
-        self.requests.base.is_some() && self.flows.to_look_up(FEW).is_some()
+        self.requests.base.is_some() && self.flows.to_look_up(MAX_LOOKUPS).is_some()
     }
 
     fn why_no_lookups(&self) -> DumpReason {

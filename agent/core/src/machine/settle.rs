@@ -6,9 +6,10 @@
 //! | the pod | silence | rule |
 //! | --- | --- | --- |
 //! | its policy sets `quiet` | `quiet` | `set` |
-//! | clients connect, usually with a gap below [`RARE`] | [`GAPS`] times the gap, from [`SHORTEST`] to [`LONGEST`] | `gap` |
-//! | clients connect less often, or none ever has | [`SHORTEST`] | `rare` |
+//! | clients connect, usually with a gap below [`RARE_GAP`] | [`QUIET_IN_GAPS`] times the gap, from [`MIN_QUIET`] to [`MAX_QUIET`] | `gap` |
+//! | clients connect less often, or none ever has | [`MIN_QUIET`] | `rare` |
 //! | it is not known how often they connect, or that has changed | `quiet`, which is the default of 3 s | `unknown` |
+//! | nothing listens in it, and no flow holds | none | `no-listener` |
 
 use std::time::Duration;
 
@@ -23,17 +24,17 @@ use crate::{
 };
 
 /// A silence of so many usual gaps means that clients have stopped connecting.
-const GAPS: u32 = 5;
+const QUIET_IN_GAPS: u32 = 5;
 /// The shortest silence that means so: load balancers and kube-proxies stop one after another.
-pub(super) const SHORTEST: Duration = Duration::from_millis(500);
+pub(super) const MIN_QUIET: Duration = Duration::from_millis(500);
 /// The longest silence that is waited for: twice the default. Most endpoints are gone by then. A longer wait costs each pod
 /// many seconds and saves few a connection.
-const LONGEST: Duration = Duration::from_secs(6);
+const MAX_QUIET: Duration = Duration::from_secs(6);
 /// If the usual gap is at least this long, hardly any connection comes within the settle phase, so that waiting for it is
 /// not worth while.
-const RARE: Duration = Duration::from_secs(2 * 60);
+const RARE_GAP: Duration = Duration::from_secs(2 * 60);
 /// How long connections must have been counted before the counters say how often they come.
-const OBSERVED: Duration = Duration::from_secs(60);
+const MIN_OBSERVED: Duration = Duration::from_secs(60);
 
 /// When flows arrived, and what that says of the settle phase.
 #[derive(Debug)]
@@ -83,17 +84,17 @@ impl Settle {
     /// Takes in how often clients connected before the drain.
     pub(super) fn learn(&mut self, arrivals: Arrivals) {
         let has_listener = self.rule != SettleRule::NoListener;
-        if !self.can_learn || !has_listener || arrivals.observed < OBSERVED {
+        if !self.can_learn || !has_listener || arrivals.observed < MIN_OBSERVED {
             return;
         }
         match arrivals.gap {
-            Some(gap) if gap < RARE => self.go_by(gap),
+            Some(gap) if gap < RARE_GAP => self.go_by(gap),
             // One has just arrived.
             _ if self.last_arrival > self.started => {}
             rare => {
                 self.rule = SettleRule::Rare;
                 self.gap = rare;
-                self.quiet = SHORTEST;
+                self.quiet = MIN_QUIET;
             }
         }
     }
@@ -102,7 +103,7 @@ impl Settle {
     fn go_by(&mut self, gap: Duration) {
         self.rule = SettleRule::Gap;
         self.gap = Some(gap);
-        self.quiet = (gap * GAPS).clamp(SHORTEST, LONGEST);
+        self.quiet = (gap * QUIET_IN_GAPS).clamp(MIN_QUIET, MAX_QUIET);
     }
 
     /// Nothing listens in the pod, so that no flow can arrive.

@@ -54,7 +54,7 @@ impl DrainStats {
     }
 
     /// Flows ended by themselves.
-    pub(super) fn end(&mut self, flows: u32) {
+    pub(super) fn flows_ended(&mut self, flows: u32) {
         self.ended = self.ended.saturating_add(flows);
     }
 
@@ -81,7 +81,7 @@ impl DrainStats {
 
     /// The drain is over, with what is left of the last snapshot's flows and what events have announced since.
     /// Without a snapshot the flows are unknown.
-    pub(super) fn end_of(&mut self, open: &OpenFlows, since_start: Duration) {
+    pub(super) fn drain_ended(&mut self, open: &OpenFlows, since_start: Duration) {
         let Some(snapshot) = &self.last_snapshot else {
             return;
         };
@@ -141,7 +141,7 @@ impl DrainStats {
             return None;
         }
         let snapshot = self.last_snapshot.as_ref();
-        let seen = snapshot.and_then(|s| s.holding().find(|f| f.cookie == cookie).zip(Some(s)));
+        let seen = snapshot.and_then(|s| s.not_exempt().find(|f| f.cookie == cookie).zip(Some(s)));
         match seen {
             Some((flow, snapshot)) => Some(cut(flow, at.since(snapshot.taken_at))),
             None => open.opened_how(cookie).map(|how| unseen(how, at)),
@@ -179,7 +179,7 @@ const UNSEEN: FlowState = FlowState::Backlog;
 
 /// The flows of a snapshot that are still open.
 fn left<'a>(snapshot: &'a Snapshot, open: &'a OpenFlows) -> impl Iterator<Item = &'a Flow> {
-    snapshot.holding().filter(|f| open.contains(f.cookie))
+    snapshot.not_exempt().filter(|f| open.contains(f.cookie))
 }
 
 /// The open flows that events have announced and the snapshot does not show.
@@ -187,7 +187,7 @@ fn announced<'a>(
     snapshot: &'a Snapshot,
     open: &'a OpenFlows,
 ) -> impl Iterator<Item = Announced> + 'a {
-    let shown: HashSet<_> = snapshot.holding().map(|f| f.cookie).collect();
+    let shown: HashSet<_> = snapshot.not_exempt().map(|f| f.cookie).collect();
     open.announced()
         .filter(move |(cookie, _)| !shown.contains(cookie))
         .map(|(_, how)| how)
@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn a_picture_is_noted_only_when_it_changes() {
         let mut stats = DrainStats::default();
-        stats.end_of(&OpenFlows::default(), Duration::ZERO);
+        stats.drain_ended(&OpenFlows::default(), Duration::ZERO);
         assert_eq!(
             stats.changes,
             [],

@@ -11,8 +11,8 @@ mod settling;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::{
-    closing::{A_ROUND, PACE},
-    requests::RETRIES,
+    closing::{MAX_PER_ROUND, ROUND_INTERVAL},
+    requests::MAX_FAILED_DUMPS,
     *,
 };
 use crate::{

@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, time::Duration};
 
-use super::{Policy, Until};
+use super::{DEFAULT_MAX_HOLD, Policy, Until};
 use crate::notification::DrainRequest;
 
 /// The prefix of ebb's annotations.
@@ -162,9 +162,10 @@ impl Policy {
             }
             "max-hold" => {
                 self.max_hold = Some(duration(value, MAX_HOLD).map_err(|e| {
-                    let kept = self
-                        .max_hold
-                        .map_or_else(|| "the grace period".to_owned(), show);
+                    let kept = self.max_hold.map_or_else(
+                        || format!("the grace period, {} at most,", show(DEFAULT_MAX_HOLD)),
+                        show,
+                    );
                     instead(e, kept)
                 })?);
             }
@@ -404,7 +405,8 @@ mod tests {
             let warning = refused(&format!("ebb.dev/{key}"), value);
             assert!(warning.contains(range), "{warning}");
         }
-        assert!(refused("ebb.dev/max-hold", "").contains("using the grace period instead"));
+        let no_hold = refused("ebb.dev/max-hold", "");
+        assert!(no_hold.contains("using the grace period, 1h at most, instead"));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub struct HoldLimit {
     pub cause: DeadlineCause,
 }
 
-/// The timeouts of a call, counted from its arrival.
+/// What limits a hold: the timeouts of a CRI call, or the grace period of a wait, counted from its arrival.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CallLimits {
     /// What is left of the grace period: the timeout of a StopContainer. `None` if the call has none or it is not

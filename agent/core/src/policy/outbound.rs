@@ -3,11 +3,9 @@
 //! Runners, tunnels and queue consumers do their work over connections that they dial. Without this rule no such
 //! connection holds, because most of them belong to pools that the pod itself closes after its stop signal.
 
-use std::{
-    fmt,
-    net::{IpAddr, SocketAddr},
-    str::FromStr,
-};
+use std::{fmt, net::SocketAddr, str::FromStr};
+
+use crate::ip_network::IpNetwork;
 
 /// Which dialled connections hold, while they are live.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,8 +22,7 @@ pub enum Outbound {
 /// Where a connection goes: to addresses, to a port, or both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutboundTarget {
-    /// A network: its address and how many bits of it count.
-    network: Option<(IpAddr, u8)>,
+    network: Option<IpNetwork>,
     port: Option<u16>,
 }
 
@@ -50,21 +47,7 @@ impl OutboundTarget {
         self.port.is_none_or(|port| port == remote.port())
             && self
                 .network
-                .is_none_or(|network| is_in(remote.ip(), network))
-    }
-}
-
-fn is_in(ip: IpAddr, (network, bits): (IpAddr, u8)) -> bool {
-    match (ip.to_canonical(), network) {
-        (IpAddr::V4(ip), IpAddr::V4(network)) => {
-            let differ = ip.to_bits() ^ network.to_bits();
-            differ.leading_zeros() >= u32::from(bits)
-        }
-        (IpAddr::V6(ip), IpAddr::V6(network)) => {
-            let differ = ip.to_bits() ^ network.to_bits();
-            differ.leading_zeros() >= u32::from(bits)
-        }
-        _ => false,
+                .is_none_or(|network| network.contains(remote.ip()))
     }
 }
 
@@ -94,7 +77,7 @@ impl FromStr for OutboundTarget {
             )
         };
         let port = |port: &str| port.parse().ok().filter(|port| *port != 0).ok_or_else(bad);
-        let network = |text: &str| network(text).ok_or_else(bad);
+        let network = |text: &str| text.parse().map_err(|_| bad());
         if let Some((net, rest)) = text.strip_prefix('[').and_then(|t| t.split_once("]:")) {
             return Ok(Self {
                 network: Some(network(net)?),
@@ -119,18 +102,6 @@ impl FromStr for OutboundTarget {
     }
 }
 
-/// An address, with the number of its bits that count after a slash; all of them without it.
-fn network(text: &str) -> Option<(IpAddr, u8)> {
-    let (address, bits) = match text.split_once('/') {
-        Some((address, bits)) => (address, Some(bits.parse().ok()?)),
-        None => (text, None),
-    };
-    let address: IpAddr = address.parse().ok()?;
-    let all = if address.is_ipv4() { 32 } else { 128 };
-    let bits = bits.unwrap_or(all);
-    (bits <= all).then_some((address, bits))
-}
-
 impl fmt::Display for Outbound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -147,11 +118,9 @@ impl fmt::Display for Outbound {
 impl fmt::Display for OutboundTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.network, self.port) {
-            (Some((address, bits)), Some(port)) if address.is_ipv6() => {
-                write!(f, "[{address}/{bits}]:{port}")
-            }
-            (Some((address, bits)), Some(port)) => write!(f, "{address}/{bits}:{port}"),
-            (Some((address, bits)), None) => write!(f, "{address}/{bits}"),
+            (Some(network), Some(port)) if network.is_ipv6() => write!(f, "[{network}]:{port}"),
+            (Some(network), Some(port)) => write!(f, "{network}:{port}"),
+            (Some(network), None) => write!(f, "{network}"),
             (None, Some(port)) => write!(f, "{port}"),
             (None, None) => f.write_str("all"),
         }
@@ -187,6 +156,9 @@ mod tests {
             ("2001:db8::/32", "[2001:db8:1::1]:80", true),
             ("[2001:db8::/32]:443", "[2001:db8:1::1]:443", true),
             ("[2001:db8::/32]:443", "[2001:db9::1]:443", false),
+            // The same address in another form.
+            ("::ffff:10.0.0.1", "10.0.0.1:80", true),
+            ("10.0.0.1", "[::ffff:10.0.0.1]:80", true),
         ] {
             assert_eq!(holds(rule, remote), expected, "{rule} {remote}");
         }

@@ -117,7 +117,7 @@ async fn a_stopping_proxy_goes_on_serving_until_a_forwarded_stop_is_answered() {
 #[tokio::test]
 async fn a_stopping_proxy_waits_for_answers_no_longer_than_answer_within() {
     let mut proxy =
-        TestProxy::start_with(|options| options.answer_within = Duration::from_millis(500)).await;
+        TestProxy::start_with(|options| options.stop_within = Duration::from_millis(500)).await;
     let (_runtime, mut calls, _stopped) = slow_to_stop(&proxy);
     let client = proxy.raw().await;
     let body = whole(stop(30), HeaderMap::new());

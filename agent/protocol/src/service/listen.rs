@@ -114,7 +114,7 @@ pub async fn listen(path: &Path) -> Result<Listening, ListenError> {
 }
 
 /// The socket that systemd passed to this process, if any. Needs a tokio runtime.
-pub fn from_systemd() -> Result<Option<Listening>, ListenError> {
+fn from_systemd() -> Result<Option<Listening>, ListenError> {
     let mut passed = ListenFd::from_env();
     if passed.len() > 1 {
         return Err(ListenError::TooMany(passed.len()));

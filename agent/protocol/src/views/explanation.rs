@@ -21,9 +21,13 @@ pub struct StopView {
     /// The timeout of a StopContainer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
-    /// The caller's RPC deadline, if it sent one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub patience_ms: Option<u64>,
+    /// The caller's RPC timeout, in milliseconds from the call's arrival, if it sent one.
+    #[serde(
+        default,
+        rename = "patience_ms",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub rpc_timeout_ms: Option<u64>,
     /// Whether it was held; if not, it was forwarded at once.
     pub held: bool,
     /// Whether it was part of the pod's termination. Absent if the agent did not check that or could not find out.
@@ -52,7 +56,7 @@ impl StopView {
             call: call.into(),
             container: None,
             timeout_ms: None,
-            patience_ms: None,
+            rpc_timeout_ms: None,
             held: false,
             ending: None,
             evidence: None,

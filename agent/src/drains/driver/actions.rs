@@ -97,7 +97,7 @@ impl<K: Kernel> Drains<K> {
     }
 
     /// The first dump has shown the ports that the pod uses: reports errors in the policy's ports.
-    pub(super) fn ports_in_use(&mut self, drain: DrainId, used: PortsInUse) {
+    fn ports_in_use(&mut self, drain: DrainId, used: PortsInUse) {
         let warnings = |drains: &ActiveDrains| {
             let active = drains.get(drain)?;
             let warnings = active.machine.warnings().to_vec();

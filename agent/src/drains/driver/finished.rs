@@ -12,9 +12,10 @@ use super::active::DrainId;
 
 /// Drains that are over are kept for the CLI, and to answer late holds.
 pub(super) const MAX_FINISHED: usize = 256;
-/// For how long after a release the same answer is given: StopContainer follows its preStop wait, and the
-/// stops of a pod's containers each other, within moments. Until the first deadline, later holds are checked against
-/// the kernel again: a wait may have been requested by hand, or for the restart of a container.
+/// For how long after a release a new hold of the pod gets the same answer. A StopContainer comes just after its preStop
+/// wait, and the stops of a pod's containers come one just after the other. A hold that comes later, but before the
+/// deadline, begins a new dump, because the earlier wait may have been requested by hand, or for the restart of a
+/// container.
 pub(super) const SAME_ANSWER: Duration = if cfg!(test) {
     Duration::from_millis(300)
 } else {

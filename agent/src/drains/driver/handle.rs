@@ -202,7 +202,7 @@ impl DrainHandle {
         released.await.unwrap_or_default()
     }
 
-    /// Brings the deadline of a pod's drain forward to this one, if it is later and the pod is in a drain.
+    /// Makes this the deadline of a pod's drain, if it is earlier than the drain's own. No effect without a drain.
     pub fn limit(&self, pod: &PodUid, deadline: Deadline) {
         let _ = self.commands.send(Command::Limit(pod.clone(), deadline));
     }
@@ -346,7 +346,7 @@ fn orphaned(order: &HoldOrder) -> Arc<Report> {
         settled_ms: None,
         release_lag_us: None,
         released_by: None,
-        walks: 0,
+        dumps_ended: 0,
         dumps: BTreeMap::new(),
         lookups: 0,
         notified: Notified::NOTHING,

@@ -26,12 +26,15 @@ const KERNEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request to the kernel failed. The text has the request and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct DumpError(pub String);
+pub struct KernelRequestError(pub String);
 
 /// The requests of the driver to the kernel.
 pub trait Kernel: Send + Sync + 'static {
     /// All TCP sockets of the pod.
-    fn dump(&self, scope: &Scope) -> impl Future<Output = Result<SocketDump, DumpError>> + Send;
+    fn dump(
+        &self,
+        scope: &Scope,
+    ) -> impl Future<Output = Result<SocketDump, KernelRequestError>> + Send;
     /// Closes those of these idle flows of the pod that have not moved since the snapshot that showed them, and
     /// returns which. No more of them once the drain is `over`.
     fn close_idle(
@@ -39,7 +42,7 @@ pub trait Kernel: Send + Sync + 'static {
         scope: &Scope,
         idle: Vec<Flow>,
         over: CancellationToken,
-    ) -> impl Future<Output = Result<Vec<SocketCookie>, DumpError>> + Send;
+    ) -> impl Future<Output = Result<Vec<SocketCookie>, KernelRequestError>> + Send;
     /// The sockets of the watched pod between these addresses, and how many events of the watch had been sent before.
     fn look_up(
         &self,
@@ -47,7 +50,7 @@ pub trait Kernel: Send + Sync + 'static {
         flows: Vec<(SocketAddr, SocketAddr)>,
     ) -> impl Future<Output = Result<FlowLookUp, LookUpFailure>> + Send;
     /// Starts to send and count the events of this scope, as those of this watch.
-    fn watch(&self, scope: &Scope) -> Result<WatchId, DumpError>;
+    fn watch(&self, scope: &Scope) -> Result<WatchId, KernelRequestError>;
     /// How often clients connect to the pod, if that is known.
     fn arrivals(&self, scope: &Scope) -> impl Future<Output = Option<Arrivals>> + Send;
     /// Stops sending the events of this scope.
@@ -55,8 +58,8 @@ pub trait Kernel: Send + Sync + 'static {
 }
 
 impl Kernel for Tracker {
-    async fn dump(&self, scope: &Scope) -> Result<SocketDump, DumpError> {
-        Self::dump(self, scope).await.map_err(dump_error)
+    async fn dump(&self, scope: &Scope) -> Result<SocketDump, KernelRequestError> {
+        Self::dump(self, scope).await.map_err(request_error)
     }
 
     async fn close_idle(
@@ -64,10 +67,10 @@ impl Kernel for Tracker {
         scope: &Scope,
         idle: Vec<Flow>,
         over: CancellationToken,
-    ) -> Result<Vec<SocketCookie>, DumpError> {
+    ) -> Result<Vec<SocketCookie>, KernelRequestError> {
         Self::close_idle(self, scope, idle, over)
             .await
-            .map_err(dump_error)
+            .map_err(request_error)
     }
 
     async fn look_up(
@@ -78,8 +81,8 @@ impl Kernel for Tracker {
         Self::look_up(self, scope, flows).await
     }
 
-    fn watch(&self, scope: &Scope) -> Result<WatchId, DumpError> {
-        Self::watch(self, scope).map_err(dump_error)
+    fn watch(&self, scope: &Scope) -> Result<WatchId, KernelRequestError> {
+        Self::watch(self, scope).map_err(request_error)
     }
 
     async fn arrivals(&self, scope: &Scope) -> Option<Arrivals> {
@@ -95,15 +98,15 @@ impl Kernel for Tracker {
     }
 }
 
-fn dump_error(e: io::Error) -> DumpError {
-    DumpError(e.to_string())
+fn request_error(e: io::Error) -> KernelRequestError {
+    KernelRequestError(e.to_string())
 }
 
 /// The result of lookups.
 pub(super) struct LookedUp {
-    /// How many events had been sent before.
+    /// How many events of the watch the kernel had sent when the lookups began.
     pub(super) sent: u64,
-    /// How many state changes the kernel had left out after them.
+    /// How many state changes the kernel had left out, in all, when the lookups were over.
     pub(super) missed_changes: u64,
     /// The flows that are still there.
     pub(super) flows: Snapshot,
@@ -147,7 +150,7 @@ pub(super) fn look_up<K: Kernel>(
 
 /// The result of a dump.
 pub(super) struct Dumped {
-    /// How many state changes the kernel had left out before.
+    /// How many state changes the kernel had left out, in all, when the dump began.
     pub(super) missed_changes: u64,
     /// The pod's flows.
     pub(super) flows: Snapshot,

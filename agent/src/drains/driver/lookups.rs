@@ -1,8 +1,8 @@
 //! Lookups, and the events that they wait for.
 //!
-//! Lookups count only if the driver had received as many events as the kernel had sent at the request: then none was
-//! outstanding or lost. And only if the kernel has left out no state change since the last dump began. If events are
-//! outstanding, the driver waits for them and repeats the lookups.
+//! The driver uses the result of lookups on two conditions. When it requested them, it had received every event that the
+//! kernel had sent, so that none was outstanding or lost. And the kernel has left out no state change since the last dump
+//! began. If events are outstanding, the driver waits for them and repeats the lookups.
 
 use std::time::Duration;
 

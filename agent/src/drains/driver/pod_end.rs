@@ -13,13 +13,14 @@ use super::{Drains, Kernel, active::DrainId};
 use crate::pods::kube::Deletion;
 
 impl<K: Kernel> Drains<K> {
-    /// Brings a drain's end forward.
+    /// Makes a drain's deadline earlier.
     pub(super) fn limit(&mut self, id: DrainId, limit: Deadline) {
         self.step(id, Event::Limit(limit));
         self.remember(id);
     }
 
-    /// The API server has reported a deletion. One with a shorter grace period than the drain knows brings its end forward.
+    /// The API server has reported a deletion. If its grace period is shorter than the one that the drain knows, the
+    /// drain's deadline becomes earlier.
     ///
     /// `deletion` may be from the first list of an agent, and then counts from the first delete.
     pub(super) fn deletion(&mut self, uid: &PodUid, deletion: Deletion) {
@@ -80,8 +81,8 @@ impl<K: Kernel> Drains<K> {
         }
     }
 
-    /// Lets the machine tell the application for as long as the pod's end is certain and held, and close idle flows
-    /// unless the pod may live on.
+    /// Tells the machine how certain the pod's end is. Only while it is certain and held may the machine send
+    /// notifications. While the pod may live on, the machine closes no idle flow.
     pub(super) fn end_changed(&mut self, id: DrainId) {
         let Some(active) = self.active.get(id) else {
             return;

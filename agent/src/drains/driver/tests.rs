@@ -75,13 +75,13 @@ impl FakeKernel {
 }
 
 impl Kernel for FakeKernel {
-    async fn dump(&self, _: &Scope) -> Result<SocketDump, DumpError> {
+    async fn dump(&self, _: &Scope) -> Result<SocketDump, KernelRequestError> {
         let hangs = {
             let mut script = self.script();
             script.asked.push("dump");
             assert!(!script.panics, "as the script says");
             if script.fails {
-                return Err(DumpError("no such namespace".into()));
+                return Err(KernelRequestError("no such namespace".into()));
             }
             script.hangs
         };
@@ -109,7 +109,7 @@ impl Kernel for FakeKernel {
         _: &Scope,
         idle: Vec<Flow>,
         over: CancellationToken,
-    ) -> Result<Vec<SocketCookie>, DumpError> {
+    ) -> Result<Vec<SocketCookie>, KernelRequestError> {
         self.script().asked.push("close");
         let slow = self.script().closes_slowly;
         if slow {
@@ -142,7 +142,7 @@ impl Kernel for FakeKernel {
         })
     }
 
-    fn watch(&self, _: &Scope) -> Result<WatchId, DumpError> {
+    fn watch(&self, _: &Scope) -> Result<WatchId, KernelRequestError> {
         self.script().asked.push("watch");
         Ok(WATCH)
     }

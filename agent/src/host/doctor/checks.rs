@@ -6,13 +6,13 @@ use super::{
     Check,
     CheckStatus::{Fail, Ok as Fine, Warn},
 };
-use crate::host::{
-    install::CRIO_SUFFIX,
-    kubelet::{FIRST_VERSION, RunningKubelet, same_socket},
+use crate::{
+    host::{
+        install::CRIO_SUFFIX,
+        kubelet::{FIRST_VERSION, RunningKubelet, same_socket},
+    },
+    kernel::FIRST_KERNEL,
 };
-
-/// The first kernel that has everything the BPF programs need.
-const FIRST_KERNEL: (u32, u32) = (5, 15);
 
 /// The capabilities that the agent needs, by their numbers (`include/uapi/linux/capability.h`). What each is for
 /// is in deploy/daemonset.yaml.

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::Path, time::Duration};
 
-use ebb_core::format::duration;
+use ebb_core::{clock::millis, format::duration};
 use serde::Deserialize;
 
 use super::{
@@ -116,7 +116,6 @@ fn nginx(name: &str, command: &[String]) -> Option<Check> {
 }
 
 fn slept(name: &str, sleep: Duration, grace: Option<Duration>) -> Check {
-    let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     let text = duration(millis(sleep));
     let what = format!("sleeps {text}, which the kubelet takes off the grace period");
     let left = grace.map(|grace| grace.saturating_sub(sleep));

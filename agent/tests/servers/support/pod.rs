@@ -193,7 +193,7 @@ impl Pod {
             // The connection of `start` may not be closed yet.
             |ip| ip.is_loopback(),
         );
-        Ok(snapshot.holding().cloned().collect())
+        Ok(snapshot.not_exempt().cloned().collect())
     }
 
     /// The only connection from outside.

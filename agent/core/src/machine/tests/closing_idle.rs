@@ -106,7 +106,7 @@ fn closing_these(action: Option<Action>) -> Vec<SocketCookie> {
 
 #[test]
 fn many_idle_flows_are_closed_a_round_at_a_time() {
-    let mut left: Vec<_> = (0..3 * A_ROUND as u64 - 10)
+    let mut left: Vec<_> = (0..3 * MAX_PER_ROUND as u64 - 10)
         .map(|n| flow(n, Idle))
         .collect();
     let mut m = in_drain(closing(), &left);
@@ -134,39 +134,41 @@ fn many_idle_flows_are_closed_a_round_at_a_time() {
         m.step(Event::IdleClosed(round), now);
         // A snapshot that comes early, for another reason, is no reason for another round.
         let early = Event::Dumped(Snapshot {
-            taken_at: now + PACE / 2,
+            taken_at: now + ROUND_INTERVAL / 2,
             flows: left.clone(),
             listens: None,
         });
         if !left.is_empty() {
-            assert_eq!(m.step(early, now + PACE / 2), None);
+            assert_eq!(m.step(early, now + ROUND_INTERVAL / 2), None);
             let (when, action) = next(&mut m);
             assert_eq!(action, Action::Dump);
-            assert!(when <= now + 2 * PACE, "{when:?} after {now:?}");
+            assert!(when <= now + 2 * ROUND_INTERVAL, "{when:?} after {now:?}");
             now = when;
         }
     }
     let sizes: Vec<_> = rounds.iter().map(|(n, _)| *n).collect();
-    assert_eq!(sizes, [A_ROUND, A_ROUND, A_ROUND - 10]);
+    assert_eq!(sizes, [MAX_PER_ROUND, MAX_PER_ROUND, MAX_PER_ROUND - 10]);
     for pair in rounds.windows(2) {
-        assert!(pair[1].1.since(pair[0].1) >= PACE, "{rounds:?}");
+        assert!(pair[1].1.since(pair[0].1) >= ROUND_INTERVAL, "{rounds:?}");
     }
 }
 
 #[test]
 fn idle_flows_that_cannot_be_closed_do_not_delay_the_others() {
-    let all: Vec<_> = (0..2 * A_ROUND as u64).map(|n| flow(n, Idle)).collect();
+    let all: Vec<_> = (0..2 * MAX_PER_ROUND as u64)
+        .map(|n| flow(n, Idle))
+        .collect();
     let mut m = in_drain(closing(), &all);
     let first = closing_these(m.step(dumped(3000, &all), at(3000)));
     m.step(Event::IdleClosed(vec![]), at(3001));
-    assert_eq!(next(&mut m), (at(3000) + PACE, Action::Dump));
+    assert_eq!(next(&mut m), (at(3000) + ROUND_INTERVAL, Action::Dump));
     let second = closing_these(m.step(dumped(3500, &all), at(3500)));
     assert!(second.iter().all(|c| !first.contains(c)), "{second:?}");
-    assert_eq!(second.len(), A_ROUND);
+    assert_eq!(second.len(), MAX_PER_ROUND);
     m.step(Event::IdleClosed(second.clone()), at(3501));
     // Then those of the first round once more, but not at that pace.
     let (when, _) = next(&mut m);
-    assert!(when > at(3500) + 2 * PACE, "{when:?}");
+    assert!(when > at(3500) + 2 * ROUND_INTERVAL, "{when:?}");
     let again = Event::Dumped(Snapshot {
         taken_at: when,
         flows: all,

@@ -54,7 +54,7 @@ fn lookups_confirm_the_last_close_and_the_report_has_its_lag() {
     assert_eq!(m.step(found(5001, &[flow(2, Flushing)]), at(5004)), DRAINED);
     let report = m.report(at(9000));
     assert_eq!(report.released_by, Some(ReleasedBy::Lookup));
-    assert_eq!((report.walks, report.lookups), (2, 1));
+    assert_eq!((report.dumps_ended, report.lookups), (2, 1));
     assert_eq!(report.flows_now, Some(FlowCounts::default()));
     assert_eq!(report.release_lag_us, Some(4000));
     assert_eq!((report.ended.unwrap(), report.cut_total.unwrap()), (2, 0));
@@ -254,7 +254,7 @@ fn a_pod_that_cannot_be_dumped_is_held_for_the_settle_time_and_untracked() {
         }
     };
     assert_eq!(end, (at(15_000), Action::Release(ReleaseReason::Untracked)));
-    assert_eq!(snapshots, RETRIES);
+    assert_eq!(snapshots, MAX_FAILED_DUMPS);
     let report = m.report(at(15_000));
     assert_eq!(report.detail.as_deref(), Some("no such namespace"));
     assert_eq!(

@@ -138,7 +138,9 @@ fn after_lost_events_or_a_failed_dump_a_dump_comes_before_lookups() {
 
 #[test]
 fn more_than_a_few_flows_are_not_looked_up_one_by_one() {
-    let flows: Vec<_> = (1..=FEW as u64 + 1).map(|n| flow(n, Active)).collect();
+    let flows: Vec<_> = (1..=MAX_LOOKUPS as u64 + 1)
+        .map(|n| flow(n, Active))
+        .collect();
     let mut m = in_drain(until(Until::Zero), &flows);
     m.step(dumped(3000, &flows), at(3001));
     let mut last = None;

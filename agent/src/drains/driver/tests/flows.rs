@@ -85,7 +85,7 @@ async fn a_pod_in_which_nothing_listens_is_released_by_the_first_dump() {
     let report = released(&hold).await;
     assert_eq!(report.reason, Some(ReleaseReason::Drained));
     assert_eq!(report.settle.unwrap().rule, SettleRule::NoListener);
-    assert_eq!(report.walks, 1);
+    assert_eq!(report.dumps_ended, 1);
 }
 
 #[tokio::test]
@@ -136,14 +136,14 @@ async fn the_last_close_releases_at_once_and_the_report_has_the_lag() {
         "{report:?}"
     );
     assert_eq!(report.released_by, Some(ReleasedBy::Lookup));
-    assert_eq!((report.walks, report.lookups), (2, 1));
+    assert_eq!((report.dumps_ended, report.lookups), (2, 1));
 }
 
 /// A drain whose one flow holds, in the drain phase, after its first dump.
 async fn held_by_one(harness: &Harness) -> Hold {
     let hold = harness.drains.hold(order(pod("a"), policy())).await;
     harness
-        .until_view(|v| v.active.iter().any(|r| r.walks == 2))
+        .until_view(|v| v.active.iter().any(|r| r.dumps_ended == 2))
         .await;
     hold
 }

@@ -206,7 +206,7 @@ mod tests {
         assert!(
             never_held(&off, limits(30), Duration::ZERO)
                 .unwrap()
-                .contains("ebb.dev/drain")
+                .contains("drain: off")
         );
     }
 

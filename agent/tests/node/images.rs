@@ -5,6 +5,7 @@
 
 mod amqp;
 mod cases;
+mod recommended;
 
 use std::time::Duration;
 
@@ -45,6 +46,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial(
             "doctor_predicts_how_the_stops_of_inits_shells_and_runtimes_end",
             async |scene| check_all(scene, "programs", PROGRAMS).await,
+        ),
+        trial(
+            "the_annotations_that_the_doctor_recommends_let_servers_finish_their_requests",
+            recommended::check,
         ),
         trial(
             "doctor_judges_pre_stop_hooks_and_they_do_what_it_says",

@@ -145,6 +145,26 @@ const MORE_PARTS: &[Package] = &[
     ("libpcre3", "usr/share/doc/libpcre3/copyright"),
     ("libyajl2", "usr/share/doc/libyajl2/copyright"),
     ("libyaml-0-2", "usr/share/doc/libyaml-0-2/copyright"),
+    ("ruby3.1", "usr/bin/ruby3.1"),
+    ("libruby3.1", "usr/lib/ruby/3.1.0/socket.rb"),
+    // Debian's JRE has the compiler, too: it runs a source file.
+    (
+        "openjdk-17-jre-headless",
+        "usr/lib/jvm/java-17-openjdk-amd64/bin/java",
+    ),
+    ("rabbitmq-server", "usr/lib/rabbitmq/bin/rabbitmq-server"),
+    ("erlang-asn1", "usr/share/doc/erlang-asn1"),
+    ("erlang-base", "usr/bin/erl"),
+    ("erlang-crypto", "usr/share/doc/erlang-crypto"),
+    ("erlang-inets", "usr/share/doc/erlang-inets"),
+    ("erlang-mnesia", "usr/share/doc/erlang-mnesia"),
+    ("erlang-os-mon", "usr/share/doc/erlang-os-mon"),
+    ("erlang-public-key", "usr/share/doc/erlang-public-key"),
+    ("erlang-runtime-tools", "usr/share/doc/erlang-runtime-tools"),
+    ("erlang-ssl", "usr/share/doc/erlang-ssl"),
+    ("erlang-syntax-tools", "usr/share/doc/erlang-syntax-tools"),
+    ("erlang-tools", "usr/share/doc/erlang-tools"),
+    ("erlang-xmerl", "usr/share/doc/erlang-xmerl"),
 ];
 
 /// Installs what is missing, naming it first. Returns fast if nothing is missing.

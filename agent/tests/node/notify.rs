@@ -121,7 +121,7 @@ async fn served(pod: &StartedPod) -> Result<Peer> {
 }
 
 /// Waits until the report of the pod's drain is as wanted.
-async fn until_report(
+pub(crate) async fn until_report(
     agent: &Agent,
     pod: &str,
     what: &str,
@@ -135,7 +135,7 @@ async fn until_report(
 }
 
 /// Waits until the agent has the pod in a list: it holds no container that it does not know.
-async fn until_known(agent: &Agent, pod: &str) -> Result<()> {
+pub(crate) async fn until_known(agent: &Agent, pod: &str) -> Result<()> {
     eventually("the agent knows the pod", async || {
         let pods = agent.pods(pod).await?;
         let runs = |pod: &PodView| pod.containers.iter().any(|c| c.running);

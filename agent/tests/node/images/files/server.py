@@ -1,4 +1,4 @@
-"""A server without a framework: /slow takes three seconds. With "drain", SIGTERM lets it finish its requests."""
+"""A server without a framework: /slow?ms=3000 takes that long. With "drain", SIGTERM lets it finish its requests."""
 
 import http.server
 import signal
@@ -10,7 +10,7 @@ import time
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path.startswith("/slow"):
-            time.sleep(3)
+            time.sleep(int(self.path.removeprefix("/slow?ms=")) / 1000)
         self.send_response(200)
         self.send_header("Content-Length", "5")
         self.end_headers()

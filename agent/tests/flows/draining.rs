@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use ebb::{
     drains::driver::{DrainHandle, Drains, Hold, HoldOrder},
     kernel::Tracker,
@@ -15,7 +15,7 @@ use ebb::{
 };
 use ebb_core::{
     drain_report::{ReleaseReason, Report},
-    flow::{Exempt, FlowState, TcpState},
+    flow::{Direction, Exempt, FlowState, TcpState},
     ids::{CgroupId, PodUid},
     policy::{Policy, Until},
     scope::Scope,
@@ -25,6 +25,7 @@ use ebb_testkit::{
     trial::step,
 };
 use tokio::{sync::mpsc, time::timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     lookups::{order, until_dumped},
@@ -33,8 +34,12 @@ use crate::{
         kernel,
         link::Linked,
         multipath,
-        sockets::{self, destroy, listener_with, pair, read_bytes, unconnected_by, write_bytes},
-        world::scope_of_this_thread,
+        sockets::{
+            self, destroy, listener_with, pair, read_bytes, read_to_end, unconnected_by,
+            write_bytes,
+        },
+        worker::Worker,
+        world::{scope_of_this_thread, world},
     },
 };
 
@@ -43,6 +48,7 @@ ebb_testkit::trials![
     a_drain_treats_the_half_closed_connection_of_a_silent_server_as_idle,
     a_half_closed_connection_within_the_pod_stays_exempt_when_its_other_end_is_given_up,
     a_pod_that_cannot_be_watched_is_untracked,
+    ebb_ends_an_idle_connection_through_its_owner_who_reads_no_later_request,
 ];
 
 const MPTCP: i32 = 262;
@@ -253,5 +259,38 @@ fn a_pod_that_cannot_be_watched_is_untracked() -> Result<()> {
         let report = drained(&kernel::wait(driver.drains.hold(order(1, &scope))))?;
         ensure!(report.flows_now.is_some(), "{report:?}");
         driver.lost_nothing()
+    })
+}
+
+fn ebb_ends_an_idle_connection_through_its_owner_who_reads_no_later_request() -> Result<()> {
+    const QUIET: Duration = Duration::from_millis(100);
+    world(|w| {
+        // A process of its own, because ebb finds a socket's owner by the namespace of its process.
+        let mut server = Worker::start()?;
+        let at = server.listen()?;
+        w.serving_at(at);
+        let client = TcpStream::connect(at)?;
+        server.command("accept")?;
+        write_bytes(&client, 10)?;
+        server.command("answer")?;
+        read_bytes(&client, 10)?;
+        w.idle_after(QUIET);
+        sleep(2 * QUIET);
+        let mut flows = w.snapshot()?.flows;
+        flows.retain(|f| f.direction == Direction::Inbound);
+        let [flow] = &*flows else { bail!("{flows:?}") };
+        ensure!(flow.state == FlowState::Idle, "{flow:?}");
+        let cookie = flow.cookie;
+        let over = CancellationToken::new();
+        let closed = kernel::wait(w.tracker.close_idle(&w.scope, flows, over))?;
+        ensure!(closed == [cookie], "{closed:?}");
+        write_bytes(&client, 10)?;
+        let read = server.command("read-to-end")?;
+        ensure!(read == "0", "the server has read {read} bytes");
+        server.command("close")?;
+        let rest = read_to_end(&client)?;
+        ensure!(rest == 0, "{rest} bytes");
+        drop(client);
+        w.has(&[], 0)
     })
 }

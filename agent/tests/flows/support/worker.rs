@@ -92,6 +92,16 @@ impl Sockets {
                 let last = self.streams.back().context("nothing to fill")?;
                 return Ok(sockets::fill_send_buffer(last)?.to_string());
             }
+            // Answers a request of ten bytes.
+            "answer" => {
+                let first = self.streams.front().context("nothing is open")?;
+                sockets::read_bytes(first, 10)?;
+                sockets::write_bytes(first, 10)?;
+            }
+            "read-to-end" => {
+                let first = self.streams.front().context("nothing is open")?;
+                return Ok(sockets::read_to_end(first)?.to_string());
+            }
             "close" => drop(self.streams.pop_front()),
             // A child that inherits the first connection.
             "fork" => {

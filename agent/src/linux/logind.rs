@@ -44,19 +44,19 @@ pub(crate) struct NodeShutdown {
     /// One query at a time: a bus that hangs costs one thread.
     turn: Arc<Semaphore>,
     /// The answer to the last query.
-    answer: watch::Sender<Option<Answer>>,
+    answer: watch::Sender<Option<LogindAnswer>>,
 }
 
 /// logind's answer to one query.
 #[derive(Clone, Copy, Debug)]
-struct Answer {
+struct LogindAnswer {
     /// When the query began.
     began: Instant,
     /// False also if the query failed.
     is_under_way: bool,
 }
 
-impl Answer {
+impl LogindAnswer {
     /// What it says to a caller that came at `called`. `None`: the caller needs another query.
     ///
     /// A shutdown that has begun goes on. That none was under way says nothing about later moments: logind sets the
@@ -119,7 +119,7 @@ impl NodeShutdown {
                 tracing::debug!("can't ask logind whether the node is shutting down: {e}");
                 false
             });
-            answer.send_replace(Some(Answer {
+            answer.send_replace(Some(LogindAnswer {
                 began,
                 is_under_way,
             }));

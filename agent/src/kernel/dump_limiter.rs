@@ -211,12 +211,14 @@ mod tests {
     fn a_caller_whose_runtime_has_shut_down_blocks_no_other_caller() {
         let own = tokio::runtime::Runtime::new().unwrap();
         let limiter = Arc::new(DumpLimiter::new(own.handle().clone()));
-        let counted = Arc::default();
+        let counted = Arc::<Counted>::default();
         let ended = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
         ended.block_on(async {
-            let dump = |_: &[Scope]| Ok(vec![]);
+            // The next caller may share it.
+            let counted = Arc::clone(&counted);
+            let dump = move |scopes: &[Scope]| Ok(counted.dump(scopes));
             tokio::select! {
                 biased;
                 _ = limiter.dump(NetnsInode(1), Scope::HostNetwork(vec![]), dump) => {}

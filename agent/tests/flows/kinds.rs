@@ -72,8 +72,7 @@ fn multipath(w: &World, client: i32) -> Result<()> {
     w.keeps(&[(Active, 1)], 1, Duration::from_millis(100))?;
     drop((client, server));
     w.has(&[], 0)?;
-    ensure!(w.opened() == 1, "counted {} times", w.opened());
-    Ok(())
+    w.has_opened(1)
 }
 
 fn case_22_each_subflow_of_a_multipath_connection_is_a_flow() -> Result<()> {
@@ -104,8 +103,7 @@ fn case_22_each_subflow_of_a_multipath_connection_is_a_flow() -> Result<()> {
         w.has_inbound(1, 1, TIMEOUT)?;
         drop((client, server));
         w.has(&[], 0)?;
-        ensure!(w.opened() == 2, "counted {} times", w.opened());
-        Ok(())
+        w.has_opened(2)
     })
 }
 

@@ -46,8 +46,7 @@ fn opened_and_closed(w: &World) -> Result<()> {
     w.has(&[(HalfClosed, 1)], 0)?;
     drop(server);
     w.keeps(&[], 0, A_WHILE)?;
-    ensure!(w.opened() == 1, "counted {} times", w.opened());
-    Ok(())
+    w.has_opened(1)
 }
 
 fn case_02_unaccepted_connections_are_backlog_until_the_listener_closes() -> Result<()> {
@@ -61,7 +60,7 @@ fn case_02_unaccepted_connections_are_backlog_until_the_listener_closes() -> Res
         drop(listener);
         w.keeps(&[], 0, A_WHILE)?;
         drop(clients);
-        ensure!(w.opened() == 2, "counted {} times", w.opened());
+        w.has_opened(2)?;
         w.has(&[], 0)
     })
 }
@@ -78,8 +77,7 @@ fn case_03_a_connection_reset_while_queued_counts_zero_from_then_on() -> Result<
         w.has(&[], 0)?;
         drop(server);
         w.keeps(&[], 0, A_WHILE)?;
-        ensure!(w.opened() == 1, "counted {} times", w.opened());
-        Ok(())
+        w.has_opened(1)
     })
 }
 
@@ -118,7 +116,7 @@ fn case_05_a_backlog_of_one_queues_two_and_the_others_count_after_accepts() -> R
         }
         w.has(&[(Active, 4)], 4)?;
         drop((servers, clients));
-        ensure!(w.opened() == 4, "counted {} times", w.opened());
+        w.has_opened(4)?;
         w.has(&[], 0)
     })
 }
@@ -162,8 +160,7 @@ fn case_07_a_flood_of_unfinished_handshakes_counts_zero() -> Result<()> {
         w.has(&[(Active, 1)], 1)?;
         drop((server, client, flood));
         w.has(&[], 0)?;
-        ensure!(w.opened() == 1, "counted {} times", w.opened());
-        Ok(())
+        w.has_opened(1)
     })
 }
 
@@ -213,8 +210,7 @@ fn case_09_a_fast_open_child_counts_once_before_and_after_its_handshake() -> Res
         w.has(&[(Active, 1)], 1)?;
         drop((server, client));
         w.has(&[], 0)?;
-        ensure!(w.opened() == 1, "counted {} times", w.opened());
-        Ok(())
+        w.has_opened(1)
     })
 }
 
@@ -227,8 +223,7 @@ fn case_10_a_socket_connected_to_itself_is_not_inbound() -> Result<()> {
         w.has(&[], 1)?;
         drop(socket);
         w.has(&[], 0)?;
-        ensure!(w.opened() == 0, "counted as inbound");
-        Ok(())
+        w.has_opened(0)
     })
 }
 
@@ -252,7 +247,6 @@ fn case_10_a_simultaneous_open_is_not_inbound() -> Result<()> {
         w.has(&[], 2)?;
         drop((a, b));
         w.has(&[], 0)?;
-        ensure!(w.opened() == 0, "counted as inbound");
-        Ok(())
+        w.has_opened(0)
     })
 }

@@ -1,7 +1,7 @@
 //! Closing idle flows: which, and how many at a time.
 //!
-//! Their clients reconnect to other pods. To spread that load, a round closes no more than [`MAX_PER_ROUND`] flows, and rounds
-//! are [`ROUND_INTERVAL`] apart.
+//! Their clients reconnect to other pods. To spread that load, a round closes no more than [`MAX_PER_ROUND`] flows, and
+//! rounds are [`ROUND_INTERVAL`] apart.
 
 use std::{collections::HashSet, time::Duration};
 

@@ -38,23 +38,18 @@ pub(crate) enum SignalEffect {
 }
 
 /// How often a process that is running is read again, and how long each pause is.
-const READ_AGAIN: (u32, Duration) = (10, Duration::from_millis(2));
+const READ_AGAIN: (usize, Duration) = (10, Duration::from_millis(2));
 
 impl SignalHandling {
     /// Reads a process below `proc`; `None` if it is gone. Without CAP_SYS_PTRACE, the signals that it waits for are
     /// unknown. Takes up to 20 ms if the process is running all the time.
     pub(crate) fn of(proc: &Path, pid: u32) -> Option<Self> {
         let process = proc.join(pid.to_string());
-        let (times, pause) = READ_AGAIN;
-        for _ in 0..times {
+        read_asleep(|| {
             let was_running = waiting::is_running(&process);
             let handling = Self::read(&process)?;
-            if handling.waited_for != 0 || !was_running && !waiting::is_running(&process) {
-                return Some(handling);
-            }
-            thread::sleep(pause);
-        }
-        Self::read(&process)
+            Some((handling, was_running || waiting::is_running(&process)))
+        })
     }
 
     fn read(process: &Path) -> Option<Self> {
@@ -104,6 +99,20 @@ impl SignalHandling {
     }
 }
 
+/// The first reading of a process that was not running meanwhile, or that shows the signals that it waits for; else the
+/// last one. `read` also returns whether the process was running.
+fn read_asleep(mut read: impl FnMut() -> Option<(SignalHandling, bool)>) -> Option<SignalHandling> {
+    let (times, pause) = READ_AGAIN;
+    for _ in 0..times {
+        let (handling, was_running) = read()?;
+        if handling.waited_for != 0 || !was_running {
+            return Some(handling);
+        }
+        thread::sleep(pause);
+    }
+    read().map(|(handling, _)| handling)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,19 +146,26 @@ mod tests {
 
     #[test]
     fn a_process_that_is_running_is_read_again() {
-        let proc = tempfile::tempdir().unwrap();
-        let process = proc.path().join("7");
-        fs::create_dir(&process).unwrap();
-        let asleep = STATUS.replace("SigBlk:\t0000000000004000", "SigBlk:\t0000000000000000");
-        fs::write(process.join("status"), asleep).unwrap();
-        fs::write(process.join("syscall"), "running\n").unwrap();
-        let reader = thread::spawn({
-            let proc = proc.path().to_owned();
-            move || SignalHandling::of(&proc, 7)
-        });
-        thread::sleep(READ_AGAIN.1);
-        fs::write(process.join("status"), STATUS).unwrap();
-        assert!(reader.join().unwrap().unwrap().blocks(15));
+        let woken = SignalHandling {
+            blocked: 0,
+            caught: 0,
+            ..SignalHandling::parse(STATUS).unwrap()
+        };
+        let waiting = SignalHandling {
+            waited_for: 1 << 14,
+            ..woken
+        };
+        let read = |readings: &[(SignalHandling, bool)]| {
+            let mut readings = readings.iter().copied();
+            read_asleep(|| readings.next()).map(|handling| handling.effect(15))
+        };
+        let (caught, none) = (Some(SignalEffect::Caught), Some(SignalEffect::None));
+        assert_eq!(read(&[(woken, true), (waiting, false)]), caught);
+        assert_eq!(read(&[(waiting, true)]), caught);
+        assert_eq!(read(&[(woken, false)]), none);
+        assert_eq!(read(&[(woken, true); READ_AGAIN.0 + 1]), none);
+        // It is gone.
+        assert_eq!(read(&[(woken, true)]), None);
     }
 
     #[test]

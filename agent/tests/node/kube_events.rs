@@ -139,7 +139,8 @@ async fn deadline(scene: Scene) -> Result<()> {
     let stop = c.kubelet()?.stop(&pod, 6 * SECOND).await;
     ensure!(stop.error().is_none(), "{stop:?}");
     let event = c.event("DrainDeadline", &pod.spec).await?;
-    let named = ["active", "awaiting"].map(|state| format!("1 cut: {} {state} ", peer.address));
+    let of_node = format!("1 cut: {} (node)", peer.address);
+    let named = ["active", "awaiting"].map(|state| format!("{of_node} {state} "));
     ensure!(
         event.warning && named.iter().any(|named| event.note.starts_with(named)),
         "{}",

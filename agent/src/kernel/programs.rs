@@ -6,7 +6,6 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
     sync::Arc,
-    thread,
 };
 
 use aya::{
@@ -62,8 +61,6 @@ impl Programs {
         log: bool,
     ) -> Result<(Self, EventSource), KernelError> {
         offsets::check_release(&offsets::release())?;
-        // The loader parses it as well, which takes 40 ms, and does not lend its own.
-        let btf = thread::spawn(Btf::from_sys_fs);
         let offsets = offsets::resolve(Path::new(offsets::VMLINUX_BTF))?;
         // aya-log's levels: 0 is off, 4 is debug.
         let level: u8 = if log { 4 } else { 0 };
@@ -77,10 +74,7 @@ impl Programs {
             .load(OBJECT)
             .map_err(|e| refused("the BPF maps", e))?;
         // Loading a program resolves its maps, so all programs are loaded before a map is taken out of the object.
-        let btf = btf
-            .join()
-            .map_err(|_| refused("its own BTF", "the parser has panicked"))?;
-        let btf = btf.map_err(|e| refused("its own BTF", e))?;
+        let btf = Btf::from_sys_fs().map_err(|e| refused("its own BTF", e))?;
         program::<BtfTracePoint>(&mut ebpf, TRACK)?
             .load("inet_sock_set_state", &btf)
             .map_err(|e| refused("the program tp_btf/inet_sock_set_state", e))?;

@@ -258,9 +258,8 @@ fn recommendations(
             set.push(format!("terminationGracePeriodSeconds: {}", enough / 1000));
         }
         // Then a longer grace period alone changes nothing.
-        let is_capped =
-            |r: &&&Report| is_cut_short(r) && r.deadline_cause == DeadlineCause::MaxHold;
-        if drains.iter().any(|r| is_capped(&r)) {
+        let is_capped = |r: &&Report| r.deadline_cause == DeadlineCause::MaxHold && is_cut_short(r);
+        if drains.iter().any(is_capped) {
             let hold = enough - millis(history.reserve).min(enough / 3);
             set.push(format!("ebb.dev/max-hold: {}s", hold / 1000));
         }

@@ -84,6 +84,23 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Requires that the pod's drain has ended because the pod lives on: ebb has closed no connection, and the client that
+    /// was idle is served.
+    pub(crate) async fn lives_on(&self, pod: &str, idle: &mut Peer) -> Result<()> {
+        let report = self.agent.drain(pod).await?;
+        ensure!(
+            report.reason == Some(ReleaseReason::NotTerminating),
+            "{report:?}"
+        );
+        ensure!(
+            report.idle_closed == 0 && report.cut_total == Some(0),
+            "{report:?}"
+        );
+        idle.ask("/").await?;
+        idle.answer("ok\n").await?;
+        Ok(())
+    }
+
     /// Starts a proxy, and an agent that uses this API server, whatever state it is in.
     pub(crate) async fn start_with(scene: Scene, api: ApiServer, flags: &[&str]) -> Result<Self> {
         let flags = [&["--quiet", "300ms"], flags].concat();
@@ -361,17 +378,7 @@ async fn waits_for_a_restart(scene: Scene) -> Result<()> {
     let (out, took) = timed(dial(&kubelet, &pod.containers[0], url)).await;
     ensure!(out??.status == 0);
     ensure!(took < 20 * SECOND, "{took:?}");
-    let report = c.agent.drain("restarting").await?;
-    ensure!(
-        report.reason == Some(ReleaseReason::NotTerminating),
-        "{report:?}"
-    );
-    ensure!(
-        report.idle_closed == 0 && report.cut_total == Some(0),
-        "{report:?}"
-    );
-    idle.ask("/").await?;
-    idle.answer("ok\n").await?;
+    c.lives_on("restarting", &mut idle).await?;
     // No Event warns of a pod that lives on.
     let events = c.api.events();
     ensure!(events.iter().all(|e| e["type"] != "Warning"), "{events:?}");

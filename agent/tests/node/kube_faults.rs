@@ -1,7 +1,6 @@
 //! With an API server (a stand-in) that is down, lags or repeats itself: what the agent holds and requests.
 
 use anyhow::{Result, ensure};
-use ebb_core::drain_report::ReleaseReason;
 use ebb_testkit::{
     api_server::{AnswerMode, ApiServer, ApiVerb, Away, Faults},
     kubelet::PodSpec,
@@ -234,16 +233,5 @@ async fn waits_for_a_restart(scene: Scene) -> Result<()> {
     let (out, took) = timed(wait).await;
     ensure!(out??.status == 0);
     ensure!(took < 10 * SECOND, "{took:?}");
-    let report = c.agent.drain("unanswered").await?;
-    ensure!(
-        report.reason == Some(ReleaseReason::NotTerminating),
-        "{report:?}"
-    );
-    ensure!(
-        report.idle_closed == 0 && report.cut_total == Some(0),
-        "{report:?}"
-    );
-    idle.ask("/").await?;
-    idle.answer("ok\n").await?;
-    Ok(())
+    c.lives_on("unanswered", &mut idle).await
 }
